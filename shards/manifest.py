@@ -1,0 +1,221 @@
+"""The manifest: which sample lies where in which shard, as Parquet beside the tars.
+
+A data set is a folder: `*.tar`, `shards.parquet` (a row a shard: url, samples, bytes, digest), `samples/*.parquet` (a
+row a sample, one row group a shard, 512 groups a file, for a footer grows with its groups) and `dataset.json`, written
+last, whose presence says that the rest is complete. The digest names the data set: the hash over each shard's name and
+digest, which in turn hashes its keys, offsets and lengths. So opening costs O(shards), a shard's rows are read and
+checked when first asked for, and checksums or sizes that are found later do not make it another data set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .errors import GristmillError
+
+SCHEMA = 1
+DATASET, SHARDS, SAMPLES = "dataset.json", "shards.parquet", "samples"
+GROUPS = 512  # row groups a file: 5,000 of them made a footer of 4.5 MB
+
+SHARD_FIELDS = pa.schema(
+    [("url", pa.string()), ("samples", pa.int64()), ("bytes", pa.int64()), ("digest", pa.string())]
+)
+SAMPLE_FIELDS = pa.schema(
+    [
+        ("key", pa.string()),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
+        ("crc32", pa.uint32()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("format", pa.string()),
+    ]
+)
+
+
+class ManifestError(GristmillError):
+    """A folder that is no data set, not a whole one, or one of another version."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The samples of one shard, in the order in which they lie in the tar; n of them.
+
+    `offset` and `length` are those of the image member's bytes in the tar. `width` and `height` are upright: after the
+    EXIF orientation was applied. `format` is the image member's suffix: "jpg", "png", "webp". Where `deep` is false
+    only headers were read, and `crc32`, `width` and `height` are zeros that mean nothing.
+    """
+
+    keys: list[str]
+    offset: np.ndarray  # int64 [n]
+    length: np.ndarray  # int64 [n]
+    crc32: np.ndarray  # uint32 [n]
+    width: np.ndarray  # int32 [n], pixels
+    height: np.ndarray  # int32 [n], pixels
+    format: list[str]
+    deep: bool = True
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def digest(self) -> str:
+        """Identity of the rows: keys, offsets and lengths, as blake2b-128 hex."""
+        parts = ["\0".join(self.keys).encode()]
+        parts += [np.ascontiguousarray(column, dtype="<i8").tobytes() for column in (self.offset, self.length)]
+        return _hash(parts)
+
+
+def _hash(parts: Iterable[bytes]) -> str:
+    state = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        state.update(len(part).to_bytes(8, "little"))  # so that no two lists of parts run together alike
+        state.update(part)
+    return state.hexdigest()
+
+
+def dataset_digest(urls: Iterable[str], digests: Iterable[str]) -> str:
+    """Identity of a data set: its shards' names and digests, in order."""
+    return _hash(text.encode() for pair in zip(urls, digests, strict=True) for text in pair)
+
+
+class Manifest:
+    """An opened data set. Safe to share between threads.
+
+    Attributes: `root` (the folder), `digest` (hex, the data set's identity), `samples`, `bytes` (of all tars),
+    `counts` int64 [S] and `shard_bytes` int64 [S] for the S shards, `urls` (relative to the root), `digests`.
+    """
+
+    def __init__(self, root: Path, digest: str, shards: pa.Table, cache_rows: int) -> None:
+        self.root = root
+        self.digest = digest
+        self.urls: list[str] = shards["url"].to_pylist()
+        self.digests: list[str] = shards["digest"].to_pylist()
+        self.counts: np.ndarray = shards["samples"].to_numpy().astype(np.int64)
+        self.shard_bytes: np.ndarray = shards["bytes"].to_numpy().astype(np.int64)
+        self.samples = int(self.counts.sum())
+        self.bytes = int(self.shard_bytes.sum())
+        self._cache_rows = cache_rows
+        self._cached = 0
+        self._rows: OrderedDict[int, Rows] = OrderedDict()
+        self._files: OrderedDict[int, pq.ParquetFile] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, path: str | Path, *, cache_rows: int = 1 << 22) -> Manifest:
+        """Open the data set in a folder, or raise ManifestError. `cache_rows` bounds the rows kept in memory, at about
+        130 bytes each; the last shard asked for is kept whatever its size."""
+        root = Path(path)
+        about = _read_about(root)
+        try:
+            shards = pq.read_table(root / SHARDS)
+        except (OSError, pa.ArrowException) as error:
+            raise ManifestError(f"{root / SHARDS} cannot be read ({error}): make the data set again") from error
+        if not shards.schema.equals(SHARD_FIELDS):
+            raise ManifestError(f"{root / SHARDS} has other columns than a manifest's: make the data set again")
+        found = dataset_digest(shards["url"].to_pylist(), shards["digest"].to_pylist())
+        if found != about["digest"]:
+            raise ManifestError(
+                f"{root / SHARDS} describes data set {found[:12]}, but {DATASET} says {str(about['digest'])[:12]}: "
+                "the folder mixes two data sets; make it again"
+            )
+        manifest = cls(root, found, shards, cache_rows)
+        if manifest.samples == 0:
+            raise ManifestError(f"the data set in {root} has no sample: make it again from a folder with images")
+        return manifest
+
+    def path(self, shard: int) -> Path:
+        """Where a shard lies."""
+        return self.root / self.urls[shard]
+
+    def rows(self, shard: int) -> Rows:
+        """The samples of a shard, from memory or from Parquet. Raises ManifestError if they are not as written."""
+        with self._lock:
+            rows = self._rows.get(shard)
+            if rows is not None:
+                self._rows.move_to_end(shard)
+                return rows
+            rows = self._load(shard)
+            self._rows[shard] = rows
+            self._cached += len(rows)
+            while self._cached > self._cache_rows and len(self._rows) > 1:
+                _, old = self._rows.popitem(last=False)
+                self._cached -= len(old)
+            return rows
+
+    def _load(self, shard: int) -> Rows:
+        number, group = divmod(shard, GROUPS)
+        path = self.root / SAMPLES / f"{number:05d}.parquet"
+        try:
+            if number not in self._files:
+                self._files[number] = pq.ParquetFile(path)
+                if len(self._files) > 64:  # open files are a scarce good
+                    self._files.popitem(last=False)[1].close()
+            self._files.move_to_end(number)
+            rows = _to_rows(self._files[number].read_row_group(group, use_threads=False))
+        except (OSError, KeyError, IndexError, ValueError, pa.ArrowException) as error:
+            raise ManifestError(
+                f"rows of shard {self.urls[shard]} cannot be read from {path} ({error}): make the data set again"
+            ) from error
+        if rows.digest() != self.digests[shard]:
+            raise ManifestError(
+                f"rows of shard {self.urls[shard]} in {path} are not those of {SHARDS}: the folder mixes two data "
+                "sets or is damaged; make it again"
+            )
+        return rows
+
+
+def _read_about(root: Path) -> dict[str, Any]:
+    if not root.is_dir():
+        raise ManifestError(f"{root} is no folder: name one that `gristmill ingest` wrote")
+    try:
+        about = json.loads((root / DATASET).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        inside = sorted(entry.parent.name for entry in root.glob(f"*/{DATASET}"))
+        if inside:
+            raise ManifestError(
+                f"{root} is no data set but holds {', '.join(inside)}: name {root / inside[-1]}"
+            ) from None
+        raise ManifestError(
+            f"{root} is no data set ({DATASET} is missing): either `gristmill ingest` never wrote it or it was "
+            "interrupted; run it again"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ManifestError(f"{root / DATASET} cannot be read ({error}): make the data set again") from error
+    if not isinstance(about, dict) or not {"schema", "digest", "samples", "bytes"} <= about.keys():
+        raise ManifestError(f"{root / DATASET} is not Gristmill's: name a folder that `gristmill ingest` wrote")
+    if about["schema"] != SCHEMA:
+        raise ManifestError(
+            f"{root} was written with manifest version {about['schema']}, this Gristmill reads version {SCHEMA}: "
+            "make the data set again, or use the release that wrote it"
+        )
+    return about
+
+
+def _to_rows(table: pa.Table) -> Rows:
+    deep = all(table[name].null_count == 0 for name in ("crc32", "width", "height"))
+
+    def column(name: str, kind: type) -> np.ndarray:
+        return table[name].fill_null(0).to_numpy().astype(kind, copy=False)
+
+    return Rows(
+        keys=table["key"].to_pylist(),
+        offset=column("offset", np.int64),
+        length=column("length", np.int64),
+        crc32=column("crc32", np.uint32),
+        width=column("width", np.int32),
+        height=column("height", np.int32),
+        # One string for each format, not one for each sample.
+        format=table["format"].dictionary_encode().combine_chunks().to_pylist(),
+        deep=deep,
+    )

@@ -1,0 +1,110 @@
+"""Is a data set still what its manifest says? Shallow: files, sizes, headers. Deep: every checksum and every image.
+
+Findings are returned, not raised, so that one look shows all of the damage; only a folder that is no data set raises.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import GristmillError
+from .images import ImageError, check_image
+from .index import ShardError, index_shard
+from .manifest import Manifest, Rows
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something wrong with a shard (its url in the manifest), or with the sample `key` in it."""
+
+    shard: str
+    key: str | None
+    problem: str
+
+
+def verify(
+    root: str | Path, deep: bool = False, *, progress: Callable[[int, int], None] | None = None
+) -> list[Finding]:
+    """Compare a data set with its manifest; an empty list means that all is well. `progress(done, total)` counts shards.
+
+    Raises ManifestError if the folder is no data set.
+    """
+    manifest = Manifest.open(root)
+    findings: list[Finding] = []
+    with ThreadPoolExecutor(min(16, len(os.sched_getaffinity(0))), thread_name_prefix="gristmill-verify") as pool:
+        for done, found in enumerate(
+            pool.map(lambda shard: list(_verify_shard(manifest, shard, deep)), range(len(manifest.urls))), start=1
+        ):
+            findings += found
+            if progress is not None:
+                progress(done, len(manifest.urls))
+    known = set(manifest.urls)
+    strangers = sorted(path.name for path in manifest.root.glob("*.tar") if path.name not in known)
+    return findings + [Finding(name, None, "in the folder, but not in the manifest") for name in strangers]
+
+
+def _verify_shard(manifest: Manifest, shard: int, deep: bool) -> Iterator[Finding]:
+    url, path = manifest.urls[shard], manifest.path(shard)
+    try:
+        rows = manifest.rows(shard)
+    except GristmillError as error:
+        yield Finding(url, None, str(error))
+        return
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        yield Finding(url, None, f"cannot be opened ({error.strerror})")
+        return
+    if size != manifest.shard_bytes[shard]:
+        yield Finding(url, None, f"{size} bytes long, {manifest.shard_bytes[shard]} by the manifest")
+    try:
+        found = index_shard(path)
+    except ShardError as error:
+        yield Finding(url, None, f"byte {error.offset}: {error.problem}")
+    else:
+        yield from _compare(url, rows, found)
+    if deep:
+        yield from _decode(url, path, rows)
+
+
+def _compare(url: str, rows: Rows, found: Rows) -> Iterator[Finding]:
+    if len(found) != len(rows):
+        yield Finding(url, None, f"{len(found)} samples, {len(rows)} by the manifest")
+    n = min(len(rows), len(found))
+    moved = (rows.offset[:n] != found.offset[:n]) | (rows.length[:n] != found.length[:n])
+    for row in range(n):
+        if rows.keys[row] != found.keys[row]:
+            yield Finding(url, rows.keys[row], f"the tar has {found.keys[row]!r} in its place")
+        elif moved[row]:
+            there = f"bytes {found.offset[row]} to {found.offset[row] + found.length[row]}"
+            yield Finding(url, rows.keys[row], f"lies at {there}, not where the manifest says")
+
+
+def _decode(url: str, path: Path, rows: Rows) -> Iterator[Finding]:
+    with path.open("rb", buffering=0) as file:
+        for row, key in enumerate(rows.keys):
+            length = int(rows.length[row])
+            data = os.pread(file.fileno(), length, int(rows.offset[row]))
+            if len(data) < length:
+                yield Finding(url, key, f"cut short: {len(data)} of {length} bytes")
+            elif rows.deep and zlib.crc32(data) != rows.crc32[row]:
+                yield Finding(url, key, "bytes changed (crc32)")
+            else:
+                yield from _look(url, key, data, (int(rows.width[row]), int(rows.height[row])) if rows.deep else None)
+
+
+def _look(url: str, key: str, data: bytes, size: tuple[int, int] | None) -> Iterator[Finding]:
+    try:
+        image = check_image(data)
+    except ImageError as error:
+        yield Finding(url, key, str(error))
+        return
+    if image.reencoded is not None:
+        yield Finding(url, key, f"DALI may not read it: {image.reencoded}")
+    elif size is not None and (image.width, image.height) != size:
+        yield Finding(url, key, f"{image.width} x {image.height} pixels, {size[0]} x {size[1]} by the manifest")

@@ -1,0 +1,55 @@
+"""Pictures for the tests of shards: a smooth gradient with a checker, encoded in whatever way a test needs."""
+
+import io
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+def draw(width: int, height: int, seed: int = 0) -> Image.Image:
+    y, x = np.mgrid[0:height, 0:width]
+    shade = (x * 255 // max(width - 1, 1), y * 255 // max(height - 1, 1), ((x // 5 + y // 5) % 2) * 160 + seed % 64)
+    return Image.fromarray(np.stack(shade, -1).astype(np.uint8))
+
+
+@pytest.fixture
+def picture() -> Callable[..., bytes]:
+    """picture(format, width, height, seed, mode=..., **save options) -> bytes of an image file."""
+
+    def encode(kind: str = "JPEG", width: int = 40, height: int = 24, seed: int = 0, mode: str = "RGB", **options):
+        file = io.BytesIO()
+        draw(width, height, seed).convert(mode).save(file, kind, **options)
+        return file.getvalue()
+
+    return encode
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, picture: Callable[..., bytes]) -> Path:
+    """A source of 24 images in two levels of folders, in three formats, no two alike."""
+    for number in range(24):
+        kind, suffix = [("JPEG", ".jpg"), ("PNG", ".png"), ("WEBP", ".webp")][number % 3]
+        place = tmp_path / "source" / "ab"[number % 2] / f"c{number % 4}" / f"{number:02d}{suffix}"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(picture(kind, 20 + number, 30, number))
+    return tmp_path / "source"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB of its own: the only honest way to fill a disk."""
+    place = tmp_path / "small-disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)  # lazy: a failing test may hold a file open
