@@ -1,1 +1,29 @@
-"""TODO"""
+"""Networks: student, teacher, their heads, and the moving average between them.
+
+student = Student(StudentConfig(), seed=0)          # models/student.py
+teacher = make_teacher(student)                     # models/teacher.py
+out = student([global_crops, local_crops], {"local_group.bank": rows, "drop_path.draws": draws})
+ema_update(pairs(student, teacher), momentum=0.996) # models/ema.py
+"""
+
+from .ema import ema_update, pairs
+from .heads import ProjectionHead, PrototypeHead
+from .neighbours import NeighbourBlock, search
+from .student import Student, StudentConfig
+from .teacher import make_teacher
+from .vit import Backbone, build_backbone, tokens
+
+__all__ = [
+    "Backbone",
+    "NeighbourBlock",
+    "ProjectionHead",
+    "PrototypeHead",
+    "Student",
+    "StudentConfig",
+    "build_backbone",
+    "ema_update",
+    "make_teacher",
+    "pairs",
+    "search",
+    "tokens",
+]

@@ -1,0 +1,82 @@
+"""The heads: what maps a backbone's feature to the space in which one objective compares crops.
+
+Two kinds, as in Mugs (arXiv 2203.14415, appendix; reference/mugs.md 1.1): `ProjectionHead` gives unit vectors for the
+instance and the local-group objective, `PrototypeHead` logits over prototypes for the group objective (DINO's head,
+arXiv 2104.14294). State keys are the official ones. The weight norm is plain arithmetic on two plain parameters: hooks
+and parametrisations get in the way of DeepSpeed's partitioning and of checkpoints.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, normalize
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows [..., d] at length 1, in float32 at least: autocast gives bf16, whose lengths would be off by 1 in 200."""
+    return normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+
+
+class ProjectionHead(nn.Module):
+    """Projector of three layers and, on the student only, a predictor of two; no bias, no batch norm.
+
+    The student's output is unit(predictor(unit(projector(x)))), the teacher's unit(projector(x)).
+    """
+
+    def __init__(self, dim: int, hidden: int, out: int, predictor_hidden: int | None) -> None:
+        super().__init__()
+        self.projector = nn.Sequential(
+            nn.Linear(dim, hidden, bias=False),
+            nn.GELU(),
+            nn.Linear(hidden, hidden, bias=False),
+            nn.GELU(),
+            nn.Linear(hidden, out, bias=False),
+        )
+        self.predictor: nn.Sequential | None = None
+        if predictor_hidden is not None:
+            self.predictor = nn.Sequential(
+                nn.Linear(out, predictor_hidden, bias=False),
+                nn.GELU(),
+                nn.Linear(predictor_hidden, out, bias=False),
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features [n, dim] to unit vectors [n, out]."""
+        x = unit(self.projector(x))
+        return x if self.predictor is None else unit(self.predictor(x))
+
+
+class WeightNormLinear(nn.Module):
+    """A linear layer without bias whose rows are g * v / ||v||: direction and length are learned apart (arXiv 1602.07868)."""
+
+    def __init__(self, dim: int, rows: int, *, train_norms: bool) -> None:
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(rows, 1), requires_grad=train_norms)
+        # nn.Linear's default. The student draws it anew from its own seed.
+        start = torch.empty(rows, dim).uniform_(-(dim**-0.5), dim**-0.5, generator=torch.Generator().manual_seed(0))
+        self.weight_v = nn.Parameter(start)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, dim] to [n, rows]."""
+        return linear(x, self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True)))
+
+
+class PrototypeHead(nn.Module):
+    """Projector of three layers with bias, unit length, then a weight-normed layer whose rows are the prototypes.
+
+    With `norm_last_layer` the prototypes keep length 1: `weight_g` stays and gets no gradient.
+    """
+
+    def __init__(self, dim: int, hidden: int, bottleneck: int, prototypes: int, *, norm_last_layer: bool) -> None:
+        super().__init__()
+        self.projector = nn.Sequential(
+            nn.Linear(dim, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, bottleneck),
+        )
+        self.last_layer = WeightNormLinear(bottleneck, prototypes, train_norms=not norm_last_layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features [n, dim] to logits [n, prototypes]; the temperature is the objective's."""
+        return self.last_layer(unit(self.projector(x)))

@@ -1,0 +1,160 @@
+"""The student: every trainable weight of a run behind one forward.
+
+DeepSpeed wants one container, one call, one backward, so the backbone, the local-group block, the heads and predictors all
+run in `Student.forward`, and what they only read (memories, draws) comes in as `context`. Data flow and names follow Mugs
+(arXiv 2203.14415; reference/mugs.md 1.0, 1.1). Where the papers ask for a crop's width, this asks for its role.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from .heads import ProjectionHead, PrototypeHead
+from .neighbours import NeighbourBlock, search
+from .vit import branch_scales, build_backbone, init_weights
+
+ObjectiveName = Literal["instance", "local_group", "group"]
+
+
+class StudentConfig(BaseModel):
+    """What the networks look like. Defaults are Mugs' ViT-S/16 (arXiv 2203.14415, official `pretraining.sh`)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    # timm's name of a plain ViT; it decides width, depth, heads and patch unless the fields below do.
+    # Paper: vit_small_patch16_224, vit_base_patch16_224, vit_large_patch16_224.
+    backbone: str = "vit_small_patch16_224"
+    # Pixels a side at which the position embedding is stored (other sizes interpolate it). Paper: 224.
+    image_size: int = Field(default=224, ge=1)
+    # Pixels a side of a patch; None: as the backbone's name says. Paper: 16.
+    patch_size: int | None = Field(default=None, ge=1)
+    # Width d of a token; None: as named. Paper: 384 (S), 768 (B), 1024 (L).
+    embed_dim: int | None = Field(default=None, ge=1)
+    # Transformer blocks; None: as named. Paper: 12 (S, B), 24 (L).
+    depth: int | None = Field(default=None, ge=1)
+    # Attention heads, must divide embed_dim; None: as named. Paper: 6 (S), 12 (B), 16 (L).
+    heads: int | None = Field(default=None, ge=1)
+    # Stochastic depth of the student, linear from 0 at the first block to this at the last. Paper: .1 (S, B), .3 (L).
+    # Above 0 a training forward wants the draws in its context ("drop_path.draws").
+    drop_path: float = Field(default=0.1, ge=0.0, lt=1.0)
+    # How the position embedding is carried to other crop sizes. "official" is the papers' (DINO, iBOT, Mugs): bicubic with
+    # a scale factor of (side + .1) / grid and no antialiasing; "timm" is timm's. They agree at image_size only.
+    pos_interp: Literal["official", "timm"] = "official"
+    # Standard deviation of the initial linear weights. Paper: .02, about 1 / sqrt(d) at its widths; a much narrower network
+    # needs more, or its first thousand steps go into growing.
+    linear_std: float = Field(default=0.02, gt=0.0)
+    # Hidden width of all projectors. Paper: 2048.
+    head_hidden: int = Field(default=2048, ge=1)
+    # Output width of the instance and local-group heads, and the bottleneck before the prototypes. Paper: 256, 256, 256.
+    head_out: int = Field(default=256, ge=1)
+    # Hidden width of the predictors, which only the student has. Paper: 4096.
+    predictor_hidden: int = Field(default=4096, ge=1)
+    # Rows of the last, weight-normed layer of the group head. Paper: 65536.
+    prototypes: int = Field(default=65536, ge=1)
+    # Keep the norms of the prototypes at 1 instead of training them. Paper: false (S, B), true (L).
+    norm_last_layer: bool = False
+    # Nearest memory rows that the local-group block attends to (k of its top-k). Paper: 8.
+    neighbours: int = Field(default=8, ge=1)
+    # Granularities to build heads for. Paper: all three.
+    objectives: tuple[ObjectiveName, ...] = Field(default=("instance", "local_group", "group"), min_length=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.patch_size and self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.embed_dim and self.heads and self.embed_dim % self.heads:
+            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of heads {self.heads}")
+        if len(set(self.objectives)) != len(self.objectives):
+            raise ValueError(f"objectives {list(self.objectives)} names one twice; name each once")
+        return self
+
+
+class Student(nn.Module):
+    """Backbone, local-group block and one head an objective, behind one forward. The teacher is the same class."""
+
+    def __init__(self, config: StudentConfig, seed: int = 0) -> None:
+        """Weights are drawn from `seed`, each by its name; the global generator stays as it was."""
+        super().__init__()
+        self.config = config
+        self.backbone = build_backbone(
+            config.backbone,
+            img_size=config.image_size,
+            patch_size=config.patch_size,
+            embed_dim=config.embed_dim,
+            depth=config.depth,
+            num_heads=config.heads,
+            pos_interp=config.pos_interp,
+            seed=seed,
+            linear_std=config.linear_std,
+        )
+        dim = self.backbone.embed_dim
+        self.relation: NeighbourBlock | None = None
+        with torch.random.fork_rng(devices=[]):
+            if "local_group" in config.objectives:
+                self.relation = NeighbourBlock(dim, self.backbone.heads)
+                init_weights(self.relation, seed, "relation", linear_std=config.linear_std)
+            self.heads = nn.ModuleDict({name: _head(name, dim, config) for name in config.objectives})
+        for name, head in self.heads.items():
+            init_weights(head, seed, name, linear_std=config.linear_std)
+            predictor = getattr(head, "predictor", None)
+            if predictor is not None:
+                # The official code makes the predictor after it has initialised the rest, so it keeps PyTorch's default.
+                init_weights(predictor, seed, f"{name}.predictor", default_linear=True)
+
+    def forward(
+        self, views: Sequence[Tensor], context: Mapping[str, Tensor] | None = None, global_sizes: int = 1
+    ) -> dict[str, Tensor]:
+        """Crops to what the objectives compare.
+
+        views: one tensor [c*B, 3, S, S] a crop size, crop-major (crop 0 of all images, then crop 1, ...); the first
+        `global_sizes` of them hold the global crops. context: read-only tensors, "local_group.bank" [K, d] (and, where it
+        is kept, "local_group.unit_bank", its rows at length 1) for the local-group objective, and "drop_path.draws"
+        [n, 2*depth], uniform in [0, 1), for training with drop_path > 0.
+
+        With n crops in all, in the order given: "class_token" [n, d] after the last LayerNorm; "instance" and "local_group"
+        [n, head_out], unit; "group" [n, prototypes], logits; "memory_row" [global crops, d], detached: the mean of the
+        patches after the last LayerNorm, what a neighbour memory stores. Raises ValueError when context lacks a tensor.
+        """
+        context = {} if context is None else context
+        norm = self.backbone.norm
+        before = self._tokens(views, context)
+        out = {"class_token": norm(torch.cat([x[:, 0] for x in before]))}
+        if self.relation is not None:
+            bank = _from(context, "local_group.bank", "the objective's context() has it")
+            query = torch.cat([x.mean(1) for x in before])
+            _, rows = search(query, bank, self.config.neighbours, context.get("local_group.unit_bank"))
+            out["local_group"] = self.heads["local_group"](self.relation(query, rows, norm))
+            with torch.no_grad():
+                out["memory_row"] = torch.cat([norm(x)[:, 1:].mean(1) for x in before[:global_sizes]])
+        for name in ("instance", "group"):
+            if name in self.heads:
+                out[name] = self.heads[name](out["class_token"])
+        return out
+
+    def _tokens(self, views: Sequence[Tensor], context: Mapping[str, Tensor]) -> list[Tensor]:
+        """Tokens before the last LayerNorm, a tensor [n_i, 1 + P_i, d] a size: where packing of sizes belongs."""
+        rate = self.config.drop_path
+        if not (self.training and rate > 0.0):
+            return [self.backbone(x) for x in views]
+        draws = _from(context, "drop_path.draws", "pass uniform numbers [n, 2 * depth], or set drop_path 0")
+        wanted = (sum(len(x) for x in views), 2 * len(self.backbone.blocks))
+        if draws.shape != wanted:
+            raise ValueError(f'"drop_path.draws" has shape {tuple(draws.shape)}; these views want {wanted}')
+        scales = branch_scales(draws, rate).split([len(x) for x in views])
+        return [self.backbone(x, scale) for x, scale in zip(views, scales, strict=True)]
+
+
+def _head(name: ObjectiveName, dim: int, config: StudentConfig) -> nn.Module:
+    if name == "group":
+        sizes = (config.head_hidden, config.head_out, config.prototypes)
+        return PrototypeHead(dim, *sizes, norm_last_layer=config.norm_last_layer)
+    return ProjectionHead(dim, config.head_hidden, config.head_out, config.predictor_hidden)
+
+
+def _from(context: Mapping[str, Tensor], key: str, remedy: str) -> Tensor:
+    if key not in context:
+        raise ValueError(f'context lacks "{key}": {remedy}')
+    return context[key]

@@ -1,0 +1,163 @@
+"""The student: the official outputs, the order of crops, what it asks of its context, and where its weights come from."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from gristmill.models.student import Student, StudentConfig
+from gristmill.models.vit import tokens
+from pydantic import ValidationError
+from torch import Tensor
+from torch.nn.functional import normalize
+
+VECTORS = Path(__file__).parent.parent / "vectors"
+TINY = StudentConfig(
+    image_size=16, patch_size=8, embed_dim=32, depth=2, heads=2, drop_path=0, head_hidden=24, head_out=8,
+    predictor_hidden=20, prototypes=40, neighbours=3,
+)  # fmt: skip
+
+
+def views(batch: int = 3, seed: int = 0) -> list[Tensor]:
+    """Two global crops of 16 pixels, three local ones of 8."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(c * batch, 3, s, s, generator=generator) for c, s in ((2, 16), (3, 8))]
+
+
+def bank(rows: int = 30, dim: int = 32) -> dict[str, Tensor]:
+    return {"local_group.bank": torch.randn(rows, dim, generator=torch.Generator().manual_seed(9))}
+
+
+def test_outputs_equal_the_official_step():
+    official = torch.load(VECTORS / "mugs_step_slim.pt", weights_only=True)
+    config = StudentConfig(
+        embed_dim=48, depth=3, heads=3, drop_path=0, head_hidden=32, head_out=16, predictor_hidden=40, prototypes=64,
+        neighbours=4,
+    )  # fmt: skip
+    ours = {"backbone.relation_blocks.0.": "relation."} | {
+        f"{name}_head.": f"heads.{name}." for name in ("instance", "local_group", "group")
+    }
+    state = {}
+    for key, value in official["student"].items():
+        for theirs, name in ours.items():
+            key = key.replace(theirs, name)
+        state[key] = value
+    student = Student(config)
+    student.load_state_dict(state, strict=True)
+    context = {
+        "local_group.bank": official["memory"]["queue_k"],
+        "local_group.unit_bank": normalize(official["memory"]["queue_q"], dim=-1),
+    }
+    with torch.no_grad():
+        out = student([official["crop"].float()], context)
+    for name, wanted in official["outputs"].items():
+        torch.testing.assert_close(out[name], wanted, rtol=0, atol=2e-5, msg=name)
+
+
+def test_rows_are_crop_major_over_the_sizes_as_given():
+    student, crops = Student(TINY), views()
+    with torch.no_grad():
+        out = student(crops, bank())
+        for name, width in {"class_token": 32, "instance": 8, "local_group": 8, "group": 40}.items():
+            assert out[name].shape == (15, width)
+        assert out["memory_row"].shape == (6, 32)
+        apart = [student([one], bank()) for size in crops for one in size.split(3)]
+        for name in ("class_token", "instance", "local_group", "group"):
+            torch.testing.assert_close(out[name], torch.cat([o[name] for o in apart]), rtol=0, atol=1e-5, msg=name)
+    for name in ("instance", "local_group"):
+        torch.testing.assert_close(out[name].norm(dim=1), torch.ones(15), rtol=0, atol=1e-5)
+
+
+def test_memory_rows_are_the_mean_patches_after_the_norm():
+    student, crops = Student(TINY), views()
+    out = student(crops, bank())
+    with torch.no_grad():
+        wanted = [tokens(student.backbone, x)[1] for x in crops]
+    torch.testing.assert_close(out["memory_row"], wanted[0][:, 1:].mean(1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(out["class_token"], torch.cat([x[:, 0] for x in wanted]), rtol=0, atol=1e-5)
+    assert not out["memory_row"].requires_grad
+    assert len(student(crops, bank(), global_sizes=2)["memory_row"]) == 15
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_every_trainable_weight_gets_a_gradient(frozen: bool):
+    student = Student(TINY.model_copy(update={"norm_last_layer": frozen}))
+    out = student(views(), bank())
+    torch.stack(
+        [out[name].square().sum() + out[name].sum() for name in ("instance", "local_group", "group")]
+    ).sum().backward()
+    without = [name for name, parameter in student.named_parameters() if parameter.grad is None]
+    assert without == (["heads.group.last_layer.weight_g"] if frozen else [])
+    assert [name for name, _ in student.named_parameters() if "last_layer" in name] == [
+        "heads.group.last_layer.weight_g",
+        "heads.group.last_layer.weight_v",
+    ]
+
+
+def test_heads_only_for_the_objectives_named():
+    student = Student(TINY.model_copy(update={"objectives": ("instance",)}))
+    assert set(student(views())) == {"class_token", "instance"}
+    assert not any("relation" in name or "group" in name for name in student.state_dict())
+
+
+def test_leaving_an_objective_out_moves_no_other_weight():
+    before = torch.get_rng_state()
+    whole, part = Student(TINY, seed=3), Student(TINY.model_copy(update={"objectives": ("group",)}), seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    weights = whole.state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in part.state_dict().items())
+    other = Student(TINY, seed=4).state_dict()
+    assert all(torch.equal(value, other[key]) != bool(value.std() > 0) for key, value in weights.items())
+    assert not torch.equal(
+        weights["heads.instance.projector.0.weight"], weights["heads.local_group.projector.0.weight"]
+    )
+
+
+def test_initial_heads_are_mugs():
+    wide = {"head_hidden": 512, "predictor_hidden": 512, "head_out": 64, "prototypes": 512}
+    weights = Student(TINY.model_copy(update=wide)).state_dict()
+    assert abs(weights["heads.instance.projector.2.weight"].std().item() - 0.02) < 1e-3
+    assert abs(weights["heads.group.projector.2.weight"].std().item() - 0.02) < 1e-3
+    assert 0.99 < weights["heads.instance.predictor.0.weight"].abs().max() * 8 <= 1
+    assert 0.99 < weights["heads.group.last_layer.weight_v"].abs().max() * 8 <= 1
+    assert (weights["heads.group.last_layer.weight_g"] == 1).all()
+
+
+def test_stochastic_depth_follows_its_draws():
+    student, crops = Student(TINY.model_copy(update={"drop_path": 0.5})), views()
+    draws = torch.rand(15, 4, generator=torch.Generator().manual_seed(1))
+    first, again = (student(crops, bank() | {"drop_path.draws": draws}) for _ in range(2))
+    assert torch.equal(first["group"], again["group"])
+    # Rows of their own: changing the draws of one local crop changes that row only.
+    draws[8] = 1 - draws[8]
+    changed = student(crops, bank() | {"drop_path.draws": draws})["class_token"] != first["class_token"]
+    assert changed.any(dim=1).nonzero().flatten().tolist() == [8]
+    student.eval()
+    whole = student(crops, bank())["class_token"]
+    assert torch.equal(whole, Student(TINY)(crops, bank())["class_token"])
+
+
+def test_what_the_context_lacks_is_named():
+    with pytest.raises(ValueError, match=r"local_group\.bank"):
+        Student(TINY)(views())
+    student = Student(TINY.model_copy(update={"drop_path": 0.1}))
+    with pytest.raises(ValueError, match=r"drop_path\.draws"):
+        student(views(), bank())
+    with pytest.raises(ValueError, match=r"shape \(2, 4\); these views want \(15, 4\)"):
+        student(views(), bank() | {"drop_path.draws": torch.zeros(2, 4)})
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"haeds": 3}, "haeds"),
+        ({"image_size": 50, "patch_size": 8}, "not a multiple of patch_size"),
+        ({"embed_dim": 100, "heads": 3}, "not a multiple of heads"),
+        ({"objectives": ["group", "group"]}, "names one twice"),
+        ({"objectives": ["dense"]}, "objectives"),
+        ({"objectives": []}, "objectives"),
+        ({"drop_path": 1.0}, "drop_path"),
+    ],
+)
+def test_impossible_configurations_are_refused(given: dict, said: str):
+    with pytest.raises(ValidationError, match=said):
+        StudentConfig.model_validate(given)
