@@ -1,0 +1,107 @@
+"""What the training step and an objective agree on.
+
+An objective turns student and teacher outputs into a loss and keeps memories, but holds no trainable weight. Its
+`loss` changes nothing, so that a bad step can be dropped; what it would remember travels in the outcome and is taken
+over by `commit` once the optimizer step was applied. Who is compared with whom follows Mugs (sections 1.2 and 1.4 of
+the notes on the official code): teacher crop i with every student crop j but j = i, global and local crops
+averaged apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """Shape and place of one step. Outputs are crop-major: row `crop * batch + image`, global crops first."""
+
+    batch: int  # images on this rank
+    student_crops: int  # crops of each image that the student saw, globals first
+    student_globals: int
+    teacher_crops: int
+    position: int = 0  # place in the stream of the step's first sample, over all ranks
+    progress: float = 0.0  # share of the run that is done, 0 to 1
+    weak: Tensor | None = None  # [batch] bool: the student's global crops of this image are weakly augmented
+    same_views: bool = False  # the student's global crops are the teacher's; j = i is left out either way (official)
+
+    def pair_weights(self) -> list[list[float]]:
+        """`[teacher_crops][student_crops]` weights of the terms, summing to one; 0 where j = i. See `pair_weights`."""
+        return pair_weights(self.teacher_crops, self.student_crops, self.student_globals)
+
+
+@dataclass
+class Outcome:
+    """A loss with what it saw. `loss` is a scalar with a graph; `logs` are detached.
+
+    Every tensor in `commit` has samples (or ranks) first: to make the memories of several ranks equal, concatenate
+    each over the ranks along dimension 0 and hand the result to `commit`.
+    """
+
+    loss: Tensor
+    logs: dict[str, Tensor | float] = field(default_factory=dict)
+    commit: dict[str, Tensor] = field(default_factory=dict)
+
+    def finite(self) -> Tensor:
+        """Scalar bool tensor (no host synchronisation): the loss and everything to be remembered is finite."""
+        flags = [torch.isfinite(self.loss.detach()).all()]
+        flags += [torch.isfinite(t).all() for t in self.commit.values() if t.is_floating_point()]
+        return torch.stack(flags).all()
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """One granularity. Implementations: `InstanceObjective`, `LocalGroupObjective`, `GroupObjective`, `Mixture`."""
+
+    name: str
+
+    def context(self) -> dict[str, Tensor]:
+        """Read-only tensors that the student's forward needs, named `<objective>.<what>`."""
+        ...
+
+    def teacher_context(self) -> dict[str, Tensor]:
+        """The same for the teacher's forward, under the same names."""
+        ...
+
+    def loss(self, student: dict[str, Tensor], teacher: dict[str, Tensor], info: StepInfo) -> Outcome:
+        """Loss of one step, without any side effect."""
+        ...
+
+    def commit(self, outcome: Outcome) -> None:
+        """Remember what `outcome` carries; called once, after its optimizer step was applied."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that a resumed run needs: contiguous copies under stable names."""
+        ...
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take over what `state` returned; ValueError naming the tensor when names, shapes or types differ."""
+        ...
+
+
+def pair_weights(teacher_crops: int, student_crops: int, student_globals: int) -> list[list[float]]:
+    """Weight of each term (teacher crop i, student crop j): half for global j, half for local j, each spread evenly.
+
+    Pairs j = i are left out. Where one half has no pair (no local crops, or a single global crop on both sides), the
+    other gets all the weight; the official code divides by zero there. Raises ValueError when no pair is left.
+    """
+    if not 0 <= student_globals <= student_crops:
+        raise ValueError(f"student_globals={student_globals} must lie between 0 and student_crops={student_crops}")
+    pairs = [(i, j) for i in range(teacher_crops) for j in range(student_crops) if j != i]
+    large = sum(j < student_globals for _, j in pairs)
+    small = len(pairs) - large
+    if not pairs:
+        raise ValueError(
+            f"{teacher_crops} teacher and {student_crops} student crops leave no pair to compare, since equal indices "
+            "are skipped: give the recipe another student view"
+        )
+    halves = (large > 0) + (small > 0)
+    weights = [[0.0] * student_crops for _ in range(teacher_crops)]
+    for i, j in pairs:
+        weights[i][j] = 1.0 / (halves * (large if j < student_globals else small))
+    return weights
