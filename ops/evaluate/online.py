@@ -1,0 +1,229 @@
+"""Probes of a teacher on real data sets: during training at chosen places, and afterwards by `gristmill eval`.
+
+The same stream that trains serves the probed images (whole, middle square), so a probe needs no second data path. Who
+is compared: chance (computed), raw pixels, the network before its first step, and the teacher on its way. Labels are
+read here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...models.student import Student
+from ...models.teacher import make_teacher
+from ...pipeline.loader import probe_batches
+from ...shards.labels import Labels
+from ...shards.manifest import Manifest
+from ..checkpoint import load_newest
+from ..recipe import ProbeConfig, Recipe, RecipeError, load_recipe
+from ..report.crops import as_pixels
+from ..report.neighbours import save_neighbours
+from .features import Features, extract, pixel_features
+from .knn import nearest
+from .probes import chance_levels, label_free, run_probes
+
+if TYPE_CHECKING:
+    from ..monitor.metrics import Metrics
+    from ..progress import Meter
+    from ..run import Run
+
+BATCH = 128  # images at once; features need no gradient, so this is small beside training
+SHOWN = 10  # queries in the report, and as many of their neighbours as fit a row
+THUMBNAIL = 64  # pixels
+
+
+class Probing:
+    """The data sets that a recipe probes with, and what is measured on them."""
+
+    def __init__(self, config: ProbeConfig, data: Path):
+        self.config = config
+        self.reference = Manifest.open(config.reference or data)
+        self.query = Manifest.open(config.query) if config.query else None
+        self.labels = Labels.open(self.reference.root)
+
+    @property
+    def names(self) -> list[str]:
+        return self.labels.names if self.labels else []
+
+    def batches(self, manifest: Manifest) -> Iterator[tuple[list[str], Tensor]]:
+        return probe_batches(manifest, self.config.size, BATCH, limit=self.config.images)
+
+    def codes(self, keys: list[str]) -> np.ndarray:
+        """Label codes int64 [n, levels] of the keys."""
+        assert self.labels is not None
+        return np.stack([self.labels.codes(keys, name) for name in self.names], axis=1)
+
+    def measure(self, model: Callable[[Tensor], Tensor], device: torch.device | str) -> tuple[dict[str, float], list]:
+        """Scores of `model` (images [B, 3, S, S] -> features [B, d]) and its features [reference, query or None]."""
+        found = [extract(model, self.batches(m), device=device) if m else None for m in (self.reference, self.query)]
+        return self.scores(*found), found
+
+    def scores(self, reference: Features | None, query: Features | None) -> dict[str, float]:
+        assert reference is not None
+        if not self.names:
+            return dict(label_free(reference.rows, k=self.config.neighbours))
+        return dict(
+            run_probes(
+                reference.rows,
+                self.codes(reference.keys),
+                query.rows if query else None,
+                self.codes(query.keys) if query else None,
+                self.names,
+                k=self.config.neighbours,
+                temperature=self.config.temperature,
+            )
+        )
+
+    def chance(self, reference: Features, query: Features | None) -> dict[str, float]:
+        return dict(
+            chance_levels(
+                self.codes(reference.keys) if self.names else None,
+                self.codes(query.keys) if self.names and query else None,
+                self.names,
+                rows=len(reference.keys),
+                k=self.config.neighbours,
+            )
+        )
+
+    def picture(self, path: Path, eyes: dict[str, list[Features | None]]) -> None:
+        """Write the nearest neighbours of a few images as each of `eyes` sees them (who -> its features)."""
+        reference, query = next(iter(eyes.values()))
+        assert reference is not None
+        asked = query or reference
+        chosen = np.unique(np.linspace(0, len(asked.keys) - 1, SHOWN).astype(int))
+        found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        for who, (rows, questions) in eyes.items():
+            assert rows is not None
+            if questions is not None:
+                cosine, index = nearest(rows.rows, questions.rows[torch.from_numpy(chosen)], k=SHOWN)
+            else:
+                cosine, index = (each[torch.from_numpy(chosen)] for each in nearest(rows.rows, k=SHOWN))
+            found[who] = cosine.numpy(), index.numpy()
+        used, where = np.unique(np.stack([index for _, index in found.values()]), return_inverse=True)
+        where = where.reshape(len(found), len(chosen), -1)
+        shown = [reference.keys[i] for i in used], [asked.keys[i] for i in chosen]
+        pictures = _thumbnails((self.batches(m) for m in (self.reference, self.query) if m), {*shown[0], *shown[1]})
+        codes = [self.codes(keys)[:, -1].tolist() for keys in reversed(shown)] if self.names else [None, None]
+        save_neighbours(
+            path,
+            np.stack([pictures[key] for key in shown[1]]),
+            {who: (cosine, where[row]) for row, (who, (cosine, _)) in enumerate(found.items())},
+            np.stack([pictures[key] for key in shown[0]]),
+            *codes,
+        )
+
+
+class OnlineProbes:
+    """Measures the teacher where the recipe says (`probes.at`), and the baselines once at the start."""
+
+    def __init__(self, run: Run, metrics: Metrics, meter: Meter):
+        self.run, self.metrics, self.meter = run, metrics, meter
+        assert run.recipe.data is not None
+        self.probing = Probing(run.recipe.probes, run.recipe.data)
+        self.last = run.steps * run.recipe.batch
+        self.due = {round(share * run.steps) * run.recipe.batch for share in run.recipe.probes.at}
+
+    def maybe(self, position: int) -> None:
+        """Measure if a probe is due at this position and was not made yet."""
+        if position not in self.due:
+            return
+        self.due.remove(position)
+        start = time.perf_counter()
+        features = class_token(self.run.teacher, self.run.engine.autocast)
+        scores, found = self.probing.measure(features, self.run.device)
+        if position == 0:
+            self._note("chance", position, self.probing.chance(*found))
+            self._note("pixels", position, self.probing.measure(pixel_features, "cpu")[0])
+        self._note("teacher" if position else "random", position, scores)
+        if position == self.last:
+            untrained = Student(self.run.recipe.student, seed=self.run.recipe.seed).to(self.run.device).eval()
+            eyes = {"teacher": found}
+            eyes["random"] = self.probing.measure(class_token(untrained), self.run.device)[1]
+            eyes["pixels"] = self.probing.measure(pixel_features, "cpu")[1]
+            self.probing.picture(self.run.folder / "neighbours.npz", eyes)
+        self.metrics.observe_probe({"who": "teacher", "position": position, **scores}, time.perf_counter() - start)
+
+    def _note(self, who: str, position: int, scores: dict[str, float]) -> None:
+        self.run.log.write("probe", position=position, who=who, **scores)
+        self.metrics.observe_probe({"who": who, **scores})
+        text = ", ".join(f"{name.replace('_', ' ')} {shown(name, value)}" for name, value in scores.items())
+        self.meter.note(f"probe at image {position}: {who}: {text}")
+
+
+def class_token(network: nn.Module, autocast: Callable | None = None) -> Callable[[Tensor], Tensor]:
+    """The probed feature, [B, d]: the class token after the last LayerNorm, as the papers evaluate."""
+    backbone: nn.Module = network.backbone  # pyright: ignore[reportAssignmentType]
+
+    def features(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            if autocast is None:
+                return backbone.norm(backbone(images)[:, 0])  # pyright: ignore[reportCallIssue]
+            with autocast():
+                return backbone.norm(backbone(images)[:, 0])  # pyright: ignore[reportCallIssue]
+
+    return features
+
+
+def evaluate_run(folder: Path, reference: Path | None, query: Path | None, *, as_json: bool) -> int:
+    """Probe the teacher of a run's newest checkpoint; returns the exit code."""
+    if not (folder / "recipe.yaml").is_file():
+        raise RecipeError(f"{folder} holds no run (no recipe.yaml); name the folder that `gristmill train --out` wrote")
+    recipe = load_recipe(folder / "recipe.yaml")
+    network, position = load_teacher(folder, recipe)
+    assert recipe.data is not None
+    chosen = {"reference": reference or recipe.probes.reference, "query": query or recipe.probes.query}
+    probing = Probing(recipe.probes.model_copy(update=chosen), recipe.data)
+    scores, found = probing.measure(class_token(network), "cpu")
+    table = {
+        "chance": probing.chance(*found),
+        "pixels": probing.measure(pixel_features, "cpu")[0],
+        "random": probing.measure(class_token(Student(recipe.student, seed=recipe.seed).eval()), "cpu")[0],
+        "teacher": scores,
+    }
+    if as_json:
+        click.echo(json.dumps({"position": position, "probes": table}))
+        return 0
+    width = max(map(len, scores))
+    click.echo(f"{folder} after {position} images")
+    for name in scores:
+        values = "  ".join(f"{who} {shown(name, row[name]):>6}" for who, row in table.items() if name in row)
+        click.echo(f"{name.replace('_', ' '):<{width}}  {values}")
+    return 0
+
+
+def load_teacher(folder: Path, recipe: Recipe) -> tuple[Student, int]:
+    """The teacher of the newest whole checkpoint, in evaluation mode, and its position."""
+    checkpoint, _ = load_newest(folder / "checkpoints")
+    if checkpoint is None:
+        raise RecipeError(f"{folder} holds no checkpoint yet; it is written every {recipe.checkpoint.every} images")
+    teacher = make_teacher(Student(recipe.student, seed=recipe.seed))
+    teacher.load_state_dict(checkpoint.tensors["teacher"])
+    return teacher, checkpoint.state["position"]
+
+
+def shown(name: str, value: float) -> str:
+    """Scores and shares in percent, effective ranks and the like as they are."""
+    return f"{100 * value:.1f} %" if name.endswith(("_knn", "_retrieval", "_agreement")) else f"{value:.2f}"
+
+
+def _thumbnails(sources: Iterable[Iterator[tuple[list[str], Tensor]]], wanted: set[str]) -> dict[str, np.ndarray]:
+    pictures = {}
+    for batches in sources:
+        for keys, images in batches:
+            chosen = [i for i, key in enumerate(keys) if key in wanted]
+            if chosen:
+                small = images[chosen]
+                if small.shape[-1] > THUMBNAIL:
+                    small = F.interpolate(small, size=(THUMBNAIL, THUMBNAIL), mode="area")
+                pictures.update(zip((keys[i] for i in chosen), as_pixels(small.cpu().numpy()), strict=True))
+    return pictures
