@@ -1,0 +1,305 @@
+"""The recipe: what is learned, from which data, with which numbers. YAML in, validated models out.
+
+Each package declares the piece that it reads (views and stream in pipeline/, the student in models/, the objectives
+in objectives/); here they are put together with what the loop itself needs. An unknown key is an error that names the
+nearest one, and a value that cannot work is refused before anything starts. Durations are fractions of `images`, the
+length of the schedules, so that a recipe keeps its shape when it is shortened.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ..models.student import StudentConfig
+from ..objectives import GroupConfig, InstanceConfig, LocalGroupConfig
+from ..pipeline.views import StreamConfig, View
+from ..shards.errors import GristmillError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class RecipeError(GristmillError):
+    """A recipe that cannot be read, or that asks for something impossible."""
+
+
+class Piece(BaseModel):
+    """A section of a recipe: unknown keys are errors, values are frozen once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ObjectivesConfig(Piece):
+    """Which granularities are learned; leave one out, or set it to null, to do without it."""
+
+    instance: InstanceConfig | None = None
+    local_group: LocalGroupConfig | None = None
+    group: GroupConfig | None = None
+    weights: dict[str, float] = {}  # by name, 1 where not given; the mean is weighted by them
+
+    def names(self) -> list[str]:
+        return [name for name in ("instance", "local_group", "group") if getattr(self, name) is not None]
+
+
+class OptimizerConfig(Piece):
+    """AdamW as Mugs uses it (official defaults in the comments)."""
+
+    lr: float = Field(default=0.0008, gt=0)  # for a batch of 256; the peak is lr * batch / 256
+    min_lr: float = Field(default=1e-6, ge=0)  # at the end of the cosine; not scaled by the batch
+    warmup: float = Field(default=0.1, ge=0, lt=1)  # 10 of 100 epochs, linear from 0
+    weight_decay: tuple[float, float] = (0.04, 0.1)  # start and end of a cosine
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = Field(default=3.0, ge=0)  # norm of each parameter tensor, not of all together; 0 turns it off
+    patch_embed_scale: float = Field(default=0.2, gt=0)  # the patch embedding learns slower
+    freeze_last_layer: float = Field(default=0.01, ge=0, le=1)  # 1 of 100 epochs: prototypes get no step, no moments
+
+
+class TeacherConfig(Piece):
+    """Exponential moving average of the student."""
+
+    momentum: tuple[float, float] = (0.996, 1.0)  # start and end of a cosine
+
+
+class CheckpointConfig(Piece):
+    """When to save, and what to keep."""
+
+    every: int = Field(default=10_000, gt=0)  # images between checkpoints
+    keep: int = Field(default=2, ge=1)  # so many of the newest complete ones
+
+
+class ProbeConfig(Piece):
+    """What is measured on the teacher, and on which data; labels are read here and nowhere else."""
+
+    at: tuple[float, ...] = (0.0, 0.5, 1.0)  # fractions of the run
+    reference: Path | None = None  # data set that neighbours are taken from (default: the training data)
+    query: Path | None = None  # held-out data set (default: none, leave one out of the reference)
+    size: int = Field(default=224, gt=0)  # pixels of the probed image
+    images: int = Field(default=4096, gt=1)  # so many reference images at most
+    neighbours: int = Field(default=20, gt=0)  # k of the weighted vote
+    temperature: float = Field(default=0.07, gt=0)
+
+
+class MetricsConfig(Piece):
+    """Where Prometheus finds this run."""
+
+    port: int | Literal["off"] = 9464  # 0: any free port; "off": no exporter
+    address: str = "127.0.0.1"
+
+    @field_validator("port", mode="before")
+    @classmethod
+    def _off(cls, port: Any) -> Any:
+        return "off" if port is False else port  # YAML reads a bare `off` as false
+
+    @model_validator(mode="after")
+    def _port(self) -> MetricsConfig:
+        if isinstance(self.port, int) and not 0 <= self.port <= 65535:
+            raise ValueError(f"port {self.port} is not between 0 and 65535")
+        return self
+
+
+class Recipe(Piece):
+    """A whole run. Shapes of the batch: global batch `batch`, one row an image, crops as `views` says."""
+
+    name: str
+    data: Path | None = None  # folder of shards with their manifest
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    images: int = Field(gt=0)  # images to see: the length of the run and of its schedules
+    batch: int = Field(gt=0)  # images a step, over all ranks
+    threads: int = Field(default=0, ge=0)  # CPU threads a rank; 0: as many as this process may use
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights, moments and losses stay fp32
+    views: list[View]
+    stream: StreamConfig = StreamConfig()
+    student: StudentConfig
+    objectives: ObjectivesConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    probes: ProbeConfig = ProbeConfig()
+    metrics: MetricsConfig = MetricsConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _agree(cls, tree: Any) -> Any:
+        """One seed for stream and networks; a head for each objective; the local group's number of neighbours."""
+        if not isinstance(tree, dict):
+            return tree
+        if isinstance(stream := tree.get("stream", {}), dict):
+            tree = {**tree, "stream": {"seed": tree.get("seed", 0), **stream}}
+        if not isinstance(tree.get("student"), dict):
+            return tree
+        wanted = tree.get("objectives")
+        if not isinstance(wanted, dict):
+            return tree
+        student = dict(tree["student"])
+        student.setdefault("objectives", [n for n in ("instance", "local_group", "group") if wanted.get(n) is not None])
+        local = wanted.get("local_group")
+        if isinstance(local, dict) and "neighbours" in local:
+            student.setdefault("neighbours", local["neighbours"])
+        return {**tree, "student": student}
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels a side of a patch: the student's, or what its backbone's name says."""
+        named = re.search(r"patch(\d+)", self.student.backbone)
+        return self.student.patch_size or (int(named.group(1)) if named else 1)
+
+    @model_validator(mode="after")
+    def _possible(self) -> Recipe:
+        names = [view.name for view in self.views]
+        if len(set(names)) != len(names):
+            raise ValueError(f"views: every view needs its own name, but these are given: {', '.join(names)}")
+        if not any(view.role in ("teacher", "both") for view in self.views):
+            raise ValueError("views: the teacher sees none; give one view the role teacher or both")
+        if not any(view.role in ("student", "both") for view in self.views):
+            raise ValueError("views: the student sees none; give one view the role student or both")
+        chosen = self.objectives.names()
+        if not chosen:
+            raise ValueError("objectives: none is given; name at least one of instance, local_group, group")
+        strange = sorted(set(self.objectives.weights) - set(chosen))
+        if strange:
+            raise ValueError(f"objectives.weights.{strange[0]}: no such objective here; there are {', '.join(chosen)}")
+        if set(self.student.objectives) != set(chosen):
+            raise ValueError(
+                f"student.objectives {list(self.student.objectives)} differ from objectives {chosen}; leave the former out"
+            )
+        patch = self.patch_size
+        for view in self.views:
+            if view.size % patch:
+                raise ValueError(f"views.{view.name}.size: {view.size} is no multiple of student.patch_size {patch}")
+        if self.probes.size % patch:
+            raise ValueError(f"probes.size: {self.probes.size} is no multiple of student.patch_size {patch}")
+        if self.images < self.batch:
+            raise ValueError(f"images: {self.images} is less than one batch of {self.batch}")
+        return self
+
+
+def load_recipe(source: str | Path, overrides: typing.Sequence[str] = (), tiny: bool = False) -> Recipe:
+    """Read a recipe by name (`demo`) or file, apply `key=value` overrides, and check it.
+
+    Raises RecipeError for an unknown recipe, key or value; the message names the nearest valid one.
+    """
+    path = Path(source)
+    if not path.suffix:
+        path = RECIPES / f"{source}.yaml"
+    if not path.is_file():
+        shipped = sorted(p.stem for p in RECIPES.glob("*.yaml"))
+        near = difflib.get_close_matches(str(source), shipped, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise RecipeError(f"no recipe {str(source)!r}: {hint}shipped are {', '.join(shipped)}, or give a YAML file")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path} holds no keys; see {RECIPES / 'demo.yaml'} for an example")
+    if tiny:
+        tree = shrink(tree)
+    for override in overrides:
+        apply_override(tree, override)
+    return parse_recipe(tree, str(path))
+
+
+def parse_recipe(tree: dict[str, Any], origin: str) -> Recipe:
+    """Validate nested dictionaries; `origin` is named in the error."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError(f"{origin}:\n" + "\n".join(f"  {_explain(e)}" for e in error.errors())) from error
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set `a.b.c=value` in place; list items are named by index or by their `name` (`views.local.size=32`)."""
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise RecipeError(f"override {override!r}: write it as key=value, for example optimizer.lr=0.001")
+    *parents, last = path.split(".")
+    node: Any = tree
+    for part in parents:
+        if isinstance(node, list):
+            node = _item(node, part, path)
+        else:
+            if not isinstance(node.get(part), dict | list):
+                node[part] = {}
+            node = node[part]
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {override!r}: {text!r} is no value that YAML can read") from error
+    if isinstance(node, list):
+        raise RecipeError(f"override {override!r}: name a key of one item, for example views.0.size=64")
+    node[last] = value
+
+
+def shrink(tree: dict[str, Any]) -> dict[str, Any]:
+    """`--tiny`: the same recipe at a size that a laptop CPU finishes in minutes; nothing but sizes changes."""
+
+    def cap(node: dict[str, Any], **limits: int) -> None:
+        for key, limit in limits.items():
+            if isinstance(node.get(key), int):
+                node[key] = min(node[key], limit)
+
+    tree = yaml.safe_load(yaml.safe_dump(tree))
+    cap(tree, images=2048, batch=32)
+    student = tree.setdefault("student", {})
+    student.update(embed_dim=64, depth=2, heads=4)
+    cap(student, head_hidden=128, head_out=64, predictor_hidden=128, prototypes=256)
+    student.pop("neighbours", None)
+    patch = student.setdefault("patch_size", 16)
+    cap(student, image_size=4 * patch)
+    for index, view in enumerate(tree.get("views", [])):
+        cap(view, size=(4 if index == 0 or view.get("role") in ("teacher", "both") else 2) * patch)
+    for config in (tree.get("objectives") or {}).values():
+        if isinstance(config, dict):
+            cap(config, queue=1024, memory=1024, neighbours=4)
+    cap(tree.setdefault("probes", {"size": 4 * patch}), images=512, size=4 * patch)
+    tree["probes"].setdefault("size", 4 * patch)
+    cap(tree.setdefault("checkpoint", {"every": 1024}), every=1024)
+    return tree
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as resolved, as YAML that `load_recipe` reads back to the same recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def _item(items: list[Any], part: str, path: str) -> Any:
+    for index, item in enumerate(items):
+        if part == str(index) or (isinstance(item, dict) and item.get("name") == part):
+            return item
+    names = [str(item.get("name", i)) if isinstance(item, dict) else str(i) for i, item in enumerate(items)]
+    raise RecipeError(f"override {path}: there is no {part!r}; it has {', '.join(names)}")
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] != "extra_forbidden":
+        message = error["msg"].removeprefix("Value error, ")
+        return f"{where}: {message}" if where else message
+    fields = _fields(Recipe, error["loc"][:-1])
+    near = difflib.get_close_matches(str(error["loc"][-1]), fields, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(fields)}"
+    return f"{where}: unknown key; {hint}"
+
+
+def _fields(model: Any, loc: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields at `loc`, found by walking the annotations (list items and unions included)."""
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
+        found = [a for a in _flatten(annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
+        if not found:
+            return []
+        model = found[0]
+    return list(model.model_fields)
+
+
+def _flatten(annotation: Any) -> list[Any]:
+    inner = [a for arg in typing.get_args(annotation) for a in _flatten(arg)]
+    return inner or [annotation]

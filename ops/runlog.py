@@ -1,0 +1,68 @@
+"""The run folder's log: `metrics.jsonl`, one JSON object a line, and the folder's lock.
+
+Kinds: `step` (losses, schedules, times), `probe` (one row of the table), `event` (checkpoints, skips, resumes). On
+resume, lines at or beyond the resumed position are dropped first: those steps are taken again, and a trace must
+not hold a step twice. One process writes a run folder at a time; the lock is flock's, so none outlives its process.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ..shards.errors import GristmillError
+
+
+class RunFolderError(GristmillError):
+    """A run folder that cannot be used."""
+
+
+class RunLog:
+    """Appends lines to `metrics.jsonl`; `write` is buffered by the line, so a kill loses at most the last one."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "metrics.jsonl"
+        self._lock = (folder / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunFolderError(
+                f"another process is training in {folder}; wait for it, or name another folder with --out"
+            ) from error
+        self._file = self.path.open("a", buffering=1)
+
+    def write(self, kind: str, **values: Any) -> None:
+        self._file.write(json.dumps({"kind": kind, **values}) + "\n")
+
+    def rewind(self, position: int) -> None:
+        """Drop every line at or beyond `position`, and a torn last line."""
+        kept = [line for line in read_log(self.path) if line.get("position", 0) < position]
+        beside = self.path.with_suffix(".jsonl.writing")
+        with beside.open("w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        self._file.close()
+        beside.replace(self.path)
+        self._file = self.path.open("a", buffering=1)
+
+    def close(self) -> None:
+        self._file.close()
+        self._lock.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a run's log; [] if there is none yet."""
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue  # the line that a kill cut short
+    return lines

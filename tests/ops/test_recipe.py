@@ -1,0 +1,76 @@
+"""Recipes: what is shipped is valid, mistakes are named with their remedy, overrides and --tiny change only what they say."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from gristmill.ops.recipe import RECIPES, RecipeError, dump_recipe, load_recipe
+
+SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipes_are_valid_short_and_shrink(name: str):
+    recipe = load_recipe(name)
+    assert len((RECIPES / f"{name}.yaml").read_text().splitlines()) <= 40
+    tiny = load_recipe(name, tiny=True)
+    assert tiny.images <= 2048
+    assert tiny.student.depth == 2
+    assert tiny.objectives.names() == recipe.objectives.names()
+    assert [view.augment for view in tiny.views] == [view.augment for view in recipe.views]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_resolved_recipe_reads_back_equal(name: str, tmp_path: Path):
+    recipe = load_recipe(name, ["optimizer.lr=0.003", "data=somewhere"])
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optimiser.lr=1", ["optimiser", "unknown key", "'optimizer'"]),
+        ("optimizer.learning_rate=1", ["optimizer.learning_rate", "unknown key"]),
+        ("optimizer.warm_up=0.1", ["optimizer.warm_up", "'warmup'"]),
+        ("views.global.sise=64", ["views.0.sise", "'size'"]),
+        ("views.globl.size=64", ["'globl'", "global", "local"]),
+        ("views.global.size=33", ["views.global.size", "33", "patch_size"]),
+        ("objectives.instance.que=9", ["objectives.instance.que", "'queue'"]),
+        ("objectives.weights.dense=1", ["dense", "instance"]),
+        ("images=12", ["images", "one batch"]),
+        ("images=many", ["images", "integer"]),
+        ("metrics.port=99999", ["99999", "65535"]),
+        ("nonsense", ["key=value"]),
+    ],
+)
+def test_a_mistake_is_named_with_its_remedy(override: str, words: list[str]):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("demo", [override])
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_an_unknown_recipe_names_the_nearest():
+    with pytest.raises(RecipeError, match="did you mean 'demo'"):
+        load_recipe("dmeo")
+
+
+def test_overrides_reach_lists_and_nested_keys():
+    recipe = load_recipe("demo", ["views.local.count=6", "views.0.scale=[0.3, 0.9]", "metrics.port=off"])
+    assert recipe.views[1].count == 6
+    assert recipe.views[0].scale == (0.3, 0.9)
+    assert recipe.metrics.port == "off"
+
+
+def test_an_objective_can_be_left_out_and_its_head_goes_with_it(tmp_path: Path):
+    tree = yaml.safe_load((RECIPES / "demo.yaml").read_text())
+    del tree["objectives"]["group"]
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(tree))
+    assert load_recipe(tmp_path / "two.yaml").student.objectives == ("instance", "local_group")
+
+
+def test_the_file_is_no_yaml(tmp_path: Path):
+    (tmp_path / "bad.yaml").write_text("name: [")
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        load_recipe(tmp_path / "bad.yaml")
