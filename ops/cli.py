@@ -7,6 +7,7 @@ Exit codes: 0 all went well; 1 the thing that was checked is not in order; 2 a u
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import sys
 from pathlib import Path
@@ -14,6 +15,13 @@ from pathlib import Path
 import click
 
 FOLDER = click.Path(path_type=Path)
+
+
+def refuse(ctx: click.Context, message: str) -> None:
+    """Print an error that a user can mend, and leave with exit code 2."""
+    click.secho("error: ", fg="red", bold=True, err=True, nl=False)
+    click.echo(message, err=True)
+    ctx.exit(2)
 
 
 class Commands(click.Group):
@@ -32,14 +40,19 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            where = f" ({error.filename})" if error.filename else ""
+            refuse(
+                ctx, f"no space left on the disk{where}: make room, and give the same command again; it goes on there"
+            )
         except Exception as error:
             from ..shards.errors import GristmillError  # here, since it brings pyarrow along
 
             if not isinstance(error, GristmillError):
                 raise
-            click.secho("error: ", fg="red", bold=True, err=True, nl=False)
-            click.echo(str(error), err=True)
-            ctx.exit(2)
+            refuse(ctx, str(error))
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write(

@@ -227,6 +227,32 @@ def test_a_mistake_is_one_clear_error(arguments: list[str], words: list[str], tm
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("megabytes", [1, 6])
+def test_a_full_disk_is_one_clear_error(tmp_path: Path, megabytes: int):
+    """1 MB is full while drawing, 6 MB while training; with room made, the same command ends well."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", disk], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
+    try:
+        command = ["demo", "--tiny", "--out", disk / "run", *SHORT]
+        code, _, err = finish(start(*command))
+        assert code == 2, err
+        assert "space" in err
+        assert "make room" in err
+        assert "Traceback" not in err
+        assert not list(disk.rglob(".writing-*"))
+        subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
+        code, out, err = finish(start(*command))
+        assert code == 0, err
+        assert "teacher after 640" in out
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
 def test_a_taken_port_is_named_with_the_remedy(demo: tuple[Path, str, str], tmp_path: Path):
     import socket
 
