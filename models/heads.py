@@ -2,9 +2,12 @@
 
 Two kinds, as in Mugs (arXiv 2203.14415, appendix; reference/mugs.md 1.1): `ProjectionHead` gives unit vectors for the
 instance and the local-group objective, `PrototypeHead` logits over prototypes for the group objective (DINO's head,
-arXiv 2104.14294). State keys are the official ones. The weight norm is plain arithmetic on two plain parameters: hooks
-and parametrisations get in the way of DeepSpeed's partitioning and of checkpoints.
+arXiv 2104.14294). State keys are the official ones, with batch norm too (their `use_bn_in_head`). The weight norm is
+plain arithmetic on two plain tensors: hooks and parametrisations get in the way of DeepSpeed's partitioning and of
+checkpoints.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -16,21 +19,32 @@ def unit(x: Tensor) -> Tensor:
     return normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
+def projector(
+    dim: int, hidden: int, out: int, *, bias: bool, norm: Callable[[int], nn.Module] | None = None
+) -> nn.Sequential:
+    """Three linear layers with GELU between them; `norm` makes what normalises a hidden width before its GELU."""
+    layers: list[nn.Module] = []
+    for width in (dim, hidden):
+        layers += [nn.Linear(width, hidden, bias=bias), *([norm(hidden)] if norm else []), nn.GELU()]
+    return nn.Sequential(*layers, nn.Linear(hidden, out, bias=bias))
+
+
 class ProjectionHead(nn.Module):
-    """Projector of three layers and, on the student only, a predictor of two; no bias, no batch norm.
+    """Projector of three layers and, on the student only, a predictor of two; no bias, and no norm in the predictor.
 
     The student's output is unit(predictor(unit(projector(x)))), the teacher's unit(projector(x)).
     """
 
-    def __init__(self, dim: int, hidden: int, out: int, predictor_hidden: int | None) -> None:
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        out: int,
+        predictor_hidden: int | None,
+        norm: Callable[[int], nn.Module] | None = None,
+    ) -> None:
         super().__init__()
-        self.projector = nn.Sequential(
-            nn.Linear(dim, hidden, bias=False),
-            nn.GELU(),
-            nn.Linear(hidden, hidden, bias=False),
-            nn.GELU(),
-            nn.Linear(hidden, out, bias=False),
-        )
+        self.projector = projector(dim, hidden, out, bias=False, norm=norm)
         self.predictor: nn.Sequential | None = None
         if predictor_hidden is not None:
             self.predictor = nn.Sequential(
@@ -46,11 +60,19 @@ class ProjectionHead(nn.Module):
 
 
 class WeightNormLinear(nn.Module):
-    """A linear layer without bias whose rows are g * v / ||v||: direction and length are learned apart (arXiv 1602.07868)."""
+    """A linear layer without bias whose rows are g * v / ||v||: direction and length are learned apart (arXiv 1602.07868).
+
+    Norms that are not trained are a buffer of the same name: every parameter has a gradient and an optimizer shard.
+    """
+
+    weight_g: Tensor
 
     def __init__(self, dim: int, rows: int, *, train_norms: bool) -> None:
         super().__init__()
-        self.weight_g = nn.Parameter(torch.ones(rows, 1), requires_grad=train_norms)
+        if train_norms:
+            self.weight_g = nn.Parameter(torch.ones(rows, 1))
+        else:
+            self.register_buffer("weight_g", torch.ones(rows, 1))
         # nn.Linear's default. The student draws it anew from its own seed.
         start = torch.empty(rows, dim).uniform_(-(dim**-0.5), dim**-0.5, generator=torch.Generator().manual_seed(0))
         self.weight_v = nn.Parameter(start)
@@ -66,15 +88,18 @@ class PrototypeHead(nn.Module):
     With `norm_last_layer` the prototypes keep length 1: `weight_g` stays and gets no gradient.
     """
 
-    def __init__(self, dim: int, hidden: int, bottleneck: int, prototypes: int, *, norm_last_layer: bool) -> None:
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        bottleneck: int,
+        prototypes: int,
+        *,
+        norm_last_layer: bool,
+        norm: Callable[[int], nn.Module] | None = None,
+    ) -> None:
         super().__init__()
-        self.projector = nn.Sequential(
-            nn.Linear(dim, hidden),
-            nn.GELU(),
-            nn.Linear(hidden, hidden),
-            nn.GELU(),
-            nn.Linear(hidden, bottleneck),
-        )
+        self.projector = projector(dim, hidden, bottleneck, bias=True, norm=norm)
         self.last_layer = WeightNormLinear(bottleneck, prototypes, train_norms=not norm_last_layer)
 
     def forward(self, x: Tensor) -> Tensor:

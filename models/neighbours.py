@@ -58,7 +58,8 @@ class NeighbourBlock(nn.Module):
 
     def forward(self, query: Tensor, rows: Tensor, norm: nn.Module) -> Tensor:
         """Queries [n, d], their neighbours [n, k, d] and the backbone's last LayerNorm to features [n, d]."""
-        x = query + self.attn(self.norm1(torch.cat([query[:, None], rows], dim=1)))
+        # The memory is fp32; with bf16 weights a LayerNorm takes bf16 only.
+        x = query + self.attn(self.norm1(torch.cat([query[:, None], rows.to(query.dtype)], dim=1)))
         return norm(x + self.mlp(self.norm2(x)))
 
 

@@ -6,12 +6,14 @@ run in `Student.forward`, and what they only read (memories, draws) comes in as 
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from .batch_norm import BatchNorm, collect_statistics
 from .heads import ProjectionHead, PrototypeHead
 from .neighbours import NeighbourBlock, search
 from .vit import branch_scales, build_backbone, init_weights
@@ -52,6 +54,13 @@ class StudentConfig(BaseModel):
     head_out: int = Field(default=256, ge=1)
     # Hidden width of the predictors, which only the student has. Paper: 4096.
     predictor_hidden: int = Field(default=4096, ge=1)
+    # Norm of the projectors' hidden layers, before their GELU; never in a predictor. Paper: none ("batch" is the official
+    # switch `use_bn_in_head`, off in all their recipes).
+    head_norm: Literal["none", "batch"] = "none"
+    # Rows over which batch norm takes its statistics, in row order. With a divisor of a rank's images they depend neither
+    # on the number of ranks nor mix crops; exactly a rank's images makes each crop a batch, as a forward a crop has it
+    # (MoCo v3). None: all rows of a rank together, which ties the run to its number of ranks.
+    virtual_batch: int | None = Field(default=None, ge=2)
     # Rows of the last, weight-normed layer of the group head. Paper: 65536.
     prototypes: int = Field(default=65536, ge=1)
     # Keep the norms of the prototypes at 1 instead of training them. Paper: false (S, B), true (L).
@@ -69,6 +78,10 @@ class StudentConfig(BaseModel):
             raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of heads {self.heads}")
         if len(set(self.objectives)) != len(self.objectives):
             raise ValueError(f"objectives {list(self.objectives)} names one twice; name each once")
+        if self.virtual_batch and self.head_norm != "batch":
+            raise ValueError(
+                f"virtual_batch {self.virtual_batch} is for batch norm; set head_norm: batch or leave it out"
+            )
         return self
 
 
@@ -116,9 +129,21 @@ class Student(nn.Module):
 
         With n crops in all, in the order given: "class_token" [n, d] after the last LayerNorm; "instance" and "local_group"
         [n, head_out], unit; "group" [n, prototypes], logits; "memory_row" [global crops, d], detached: the mean of the
-        patches after the last LayerNorm, what a neighbour memory stores. Raises ValueError when context lacks a tensor.
+        patches after the last LayerNorm, what a neighbour memory stores. With batch norm, in training: what
+        `merge_statistics` takes once the step was applied, "batch_norm.<module>" [virtual batches, 2, width], detached.
+        Raises ValueError when context lacks a tensor, or crops do not fill virtual batches.
         """
-        context = {} if context is None else context
+        virtual = self.config.virtual_batch
+        if self.training and virtual and (odd := [len(x) for x in views if len(x) % virtual]):
+            raise ValueError(
+                f"{odd[0]} crops of one size do not fill virtual batches of {virtual}; let virtual_batch divide the "
+                "images of a rank"
+            )
+        with collect_statistics(self) as statistics:
+            out = self._outputs(views, {} if context is None else context, global_sizes)
+        return out | statistics
+
+    def _outputs(self, views: Sequence[Tensor], context: Mapping[str, Tensor], global_sizes: int) -> dict[str, Tensor]:
         norm = self.backbone.norm
         before = self._tokens(views, context)
         out = {"class_token": norm(torch.cat([x[:, 0] for x in before]))}
@@ -148,10 +173,11 @@ class Student(nn.Module):
 
 
 def _head(name: ObjectiveName, dim: int, config: StudentConfig) -> nn.Module:
+    norm = partial(BatchNorm, virtual=config.virtual_batch) if config.head_norm == "batch" else None
     if name == "group":
         sizes = (config.head_hidden, config.head_out, config.prototypes)
-        return PrototypeHead(dim, *sizes, norm_last_layer=config.norm_last_layer)
-    return ProjectionHead(dim, config.head_hidden, config.head_out, config.predictor_hidden)
+        return PrototypeHead(dim, *sizes, norm_last_layer=config.norm_last_layer, norm=norm)
+    return ProjectionHead(dim, config.head_hidden, config.head_out, config.predictor_hidden, norm)
 
 
 def _from(context: Mapping[str, Tensor], key: str, remedy: str) -> Tensor:

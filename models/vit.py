@@ -3,19 +3,41 @@
 Parameter names are timm's, so checkpoints travel both ways. Three things differ from timm, each for a reason: the position
 embedding is carried to other crop sizes as DINO, iBOT and Mugs do it; the forward returns the tokens before the last
 LayerNorm, because Mugs' local-group query is their mean (arXiv 2203.14415, 3.2); stochastic depth is a function of
-numbers that come in, so that a resumed run and any split over ranks drop the same blocks (arXiv 1603.09382).
+numbers that come in, so that a resumed run and any split over ranks drop the same blocks (arXiv 1603.09382). What a
+block does, it does in its own forward: blocks are what is recomputed, compiled and gathered one by one.
 """
 
 import hashlib
+import importlib.util
 import math
+import os
+import shlex
+import shutil
+import sys
 from typing import Any, Literal
 
 import timm
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .batch_norm import BatchNorm
 
 PosInterp = Literal["official", "timm"]
+
+
+class ScaledBlock(Block):
+    """timm's pre-norm block, whose branches may count for more or less of each sample."""
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, scale: Tensor | None = None
+    ) -> Tensor:
+        """Tokens [n, t, d] to [n, t, d]. scale [n, 2]: factors of what attention and MLP add; None: 1."""
+        if scale is None:
+            return super().forward(x, attn_mask, is_causal)
+        x = x + scale[:, 0, None, None] * self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal))
+        return x + scale[:, 1, None, None] * self.ls2(self.mlp(self.norm2(x)))
 
 
 class Backbone(VisionTransformer):
@@ -23,6 +45,9 @@ class Backbone(VisionTransformer):
 
     pos_interp: PosInterp = "official"
     heads: int  # of each block's attention
+    # Keep only each block's input for the backward and compute the block once more there: less memory for a third more
+    # arithmetic, the same bits.
+    recompute: bool = False
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         """Patches [n, h, w, d] to tokens [n, 1 + h*w, d]. timm's own `forward_features` comes through here too."""
@@ -43,14 +68,16 @@ class Backbone(VisionTransformer):
         None leaves them whole. H and W must be multiples of the patch size.
         """
         x = self._pos_embed(self.patch_embed(x))
-        if branch_scale is None:
-            for block in self.blocks:
-                x = block(x)
-            return x
-        for block, scale in zip(self.blocks, branch_scale.to(x.dtype).split(2, dim=1), strict=True):
-            assert isinstance(block, Block)
-            x = x + scale[:, 0, None, None] * block.ls1(block.attn(block.norm1(x)))
-            x = x + scale[:, 1, None, None] * block.ls2(block.mlp(block.norm2(x)))
+        scales = [{}] * len(self.blocks)
+        if branch_scale is not None:
+            scales = [{"scale": scale} for scale in branch_scale.to(x.dtype).split(2, dim=1)]
+        recompute = self.recompute and self.training and torch.is_grad_enabled()
+        for block, scale in zip(self.blocks, scales, strict=True):
+            if recompute:
+                # Blocks draw nothing, so there is no generator to put back.
+                x = checkpoint(block, x, **scale, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, **scale)
         return x
 
 
@@ -95,10 +122,12 @@ def build_backbone(
             img_size=img_size,
             num_classes=0,
             dynamic_img_size=True,
+            block_fn=ScaledBlock,
         )
     plain = [(key, value.shape) for key, value in backbone.state_dict().items()]
     wanted = [(key, value.shape) for key, value in named.state_dict().items()]
-    if plain != wanted or repr(backbone.blocks) != repr(named.blocks) or repr(backbone.norm) != repr(named.norm):
+    same = [_parts(backbone) == _parts(named), repr(backbone.norm) == repr(named.norm), type(block) is Block]
+    if plain != wanted or not all(same):
         raise ValueError(
             f"backbone {name!r} is not a plain ViT (class token, learned positions, GELU); choose one that is"
         )
@@ -106,6 +135,43 @@ def build_backbone(
     backbone.pos_interp = pos_interp
     init_weights(backbone, seed, "backbone", linear_std=linear_std)
     return backbone
+
+
+def _parts(vit: VisionTransformer) -> list[str]:
+    """What the blocks are made of, but for the blocks' own class."""
+    return [f"{name} {part!r}" for block in vit.blocks for name, part in block.named_children()]
+
+
+def compile_blocks(backbone: Backbone, backend: str = "inductor") -> None:
+    """Compile each block in place (`torch.compile`, at its first forward); parameter names stay.
+
+    One block at a time, since all have one shape and so share what is compiled, and what surrounds them (position
+    embedding, search, heads) is little work in many shapes. A copy of the backbone made afterwards is not compiled.
+    Raises ValueError for a backend that torch does not have, RuntimeError where "inductor" lacks its compiler.
+    """
+    if backend not in torch.compiler.list_backends(exclude_tags=()):
+        known = ", ".join(torch.compiler.list_backends())
+        raise ValueError(f"torch.compile has no backend {backend!r}; choose of {known}")
+    if backend == "inductor" and (lacking := _lacking(backbone.cls_token)):
+        raise RuntimeError(
+            f"compiling blocks with inductor needs {lacking}, which is not here; install it, or leave compilation off"
+        )
+    for block in backbone.blocks:
+        block.compile(backend=backend)
+
+
+def _lacking(weight: Tensor | None) -> str | None:
+    """What inductor needs and this machine lacks, on the device of `weight`."""
+    assert weight is not None
+    if weight.device.type == "cpu":
+        # As inductor chooses it; where PATH lacks that one it takes no other.
+        compiler = (shlex.split(os.environ.get("CXX", "")) or ["clang++" if sys.platform == "darwin" else "g++"])[0]
+        return None if shutil.which(compiler) else f"a C++ compiler ({compiler}, or the one that CXX names)"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton"
+    if not any(shutil.which(c) for c in (os.environ.get("CC"), "gcc", "clang", "cc") if c):
+        return "a C compiler (gcc, clang, or the one that CC names)"
+    return None
 
 
 def tokens(backbone: Backbone, x: Tensor, branch_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -143,13 +209,13 @@ def init_weights(
 ) -> None:
     """Draw every weight anew, each from a generator keyed by (seed, name, parameter): leaving a head out moves no other.
 
-    Mugs' values: trunc normal, std .02 (`linear_std` for the former), for linear weights and embeddings; zeros for biases; LayerNorm 1 and 0, weight norm 1.
-    The patch convolution, the prototypes and, with `default_linear`, linear layers have PyTorch's uniform +-1 / sqrt(fan in).
+    Mugs' values: trunc normal, std .02 (`linear_std` for the former), for linear weights and embeddings; zeros for biases;
+    norms 1 and 0, weight norm 1. Buffers stay. The patch convolution, the prototypes and, with `default_linear`, linear layers have PyTorch's uniform +-1 / sqrt(fan in).
     """
     for prefix, part in module.named_modules():
         for key, parameter in part.named_parameters(recurse=False):
             generator = torch.Generator().manual_seed(_key(f"{seed}/{name}/{prefix}.{key}"))
-            if key == "weight_g" or (isinstance(part, nn.LayerNorm) and key == "weight"):
+            if key == "weight_g" or (isinstance(part, nn.LayerNorm | BatchNorm) and key == "weight"):
                 nn.init.ones_(parameter)
             elif key == "bias" and not default_linear and not isinstance(part, nn.Conv2d):
                 nn.init.zeros_(parameter)

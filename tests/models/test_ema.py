@@ -5,7 +5,7 @@ import torch
 from gristmill.models.ema import ema_update, ema_update_reference, pairs
 from gristmill.models.student import Student, StudentConfig
 from gristmill.models.teacher import make_teacher
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -21,6 +21,7 @@ def tensors(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
 
 
 @given(st.floats(0, 1), st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), max_size=5), st.integers(0, 2**32))
+@settings(deadline=None)
 def test_equals_the_plain_form(momentum: float, shapes: list[tuple[int, int]], seed: int):
     student, teacher = tensors(seed, *shapes), tensors(seed + 1, *shapes)
     plain = [x.clone() for x in teacher]
@@ -33,6 +34,7 @@ def test_equals_the_plain_form(momentum: float, shapes: list[tuple[int, int]], s
 
 
 @given(st.floats(0, 1), st.integers(0, 2**32))
+@settings(deadline=None)
 def test_fixed_points_are_exact(momentum: float, seed: int):
     (student,), (teacher,) = tensors(seed, (50,)), tensors(seed + 1, (50,))
     for m, start, wanted in ((1.0, teacher, teacher), (0.0, teacher, student), (momentum, student, student)):
@@ -42,6 +44,7 @@ def test_fixed_points_are_exact(momentum: float, seed: int):
 
 
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=4), st.floats(0, 1))
+@settings(deadline=None)
 def test_shards_get_the_same_bits_as_the_whole(cuts: list[int], momentum: float):
     (student,), (teacher,) = tensors(1, (300,)), tensors(2, (300,))
     sizes = torch.tensor([0, *sorted(cuts), 300]).diff().tolist()

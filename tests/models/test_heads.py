@@ -55,7 +55,10 @@ def test_prototype_head_equals_the_official_one(official: dict, frozen: bool):
     for key, parameter in head.named_parameters():
         wanted = case["grad_params"][key]
         assert (parameter.grad is None and wanted is None) or close(parameter.grad, wanted), key
-    assert (head.last_layer.weight_g.grad is None) == frozen
+    trained = {key: parameter.requires_grad for key, parameter in head.named_parameters()}
+    assert all(trained.values())
+    assert ("last_layer.weight_g" in trained) != frozen
+    assert ("last_layer.weight_g" in dict(head.named_buffers())) == frozen
 
 
 def test_weight_norm_is_torchs():

@@ -6,7 +6,7 @@ import gristmill.models.neighbours as neighbours
 import pytest
 import torch
 from gristmill.models.neighbours import NeighbourBlock, search
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.models.vision_transformer import Block
 from torch.nn.functional import normalize
@@ -28,6 +28,7 @@ def test_search_equals_the_official_one():
 
 
 @given(st.integers(1, 40), st.integers(1, 50), st.data())
+@settings(deadline=None)
 def test_search_finds_the_nearest(queries: int, rows: int, data):
     k = data.draw(st.integers(1, rows))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))

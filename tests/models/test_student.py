@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from gristmill.models.batch_norm import BatchNorm, merge_statistics, statistics_of
 from gristmill.models.student import Student, StudentConfig
 from gristmill.models.vit import tokens
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 VECTORS = Path(__file__).parent.parent / "vectors"
@@ -78,19 +79,21 @@ def test_memory_rows_are_the_mean_patches_after_the_norm():
     assert len(student(crops, bank(), global_sizes=2)["memory_row"]) == 15
 
 
+@pytest.mark.parametrize("head_norm", ["none", "batch"])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_every_trainable_weight_gets_a_gradient(frozen: bool):
-    student = Student(TINY.model_copy(update={"norm_last_layer": frozen}))
+def test_every_trainable_weight_gets_a_gradient(frozen: bool, head_norm: str):
+    student = Student(TINY.model_copy(update={"norm_last_layer": frozen, "head_norm": head_norm}))
     out = student(views(), bank())
     torch.stack(
         [out[name].square().sum() + out[name].sum() for name in ("instance", "local_group", "group")]
     ).sum().backward()
-    without = [name for name, parameter in student.named_parameters() if parameter.grad is None]
-    assert without == (["heads.group.last_layer.weight_g"] if frozen else [])
-    assert [name for name, _ in student.named_parameters() if "last_layer" in name] == [
-        "heads.group.last_layer.weight_g",
-        "heads.group.last_layer.weight_v",
-    ]
+    assert [name for name, parameter in student.named_parameters() if parameter.grad is None] == []
+    assert all(parameter.requires_grad for parameter in student.parameters())
+    # Norms that stay are a buffer: same name, but nothing that an optimizer or ZeRO would look after.
+    kept = "heads.group.last_layer.weight_g"
+    assert (kept in dict(student.named_buffers())) == frozen
+    assert (kept in dict(student.named_parameters())) == (not frozen)
+    assert kept in student.state_dict()
 
 
 def test_heads_only_for_the_objectives_named():
@@ -136,6 +139,107 @@ def test_stochastic_depth_follows_its_draws():
     assert torch.equal(whole, Student(TINY)(crops, bank())["class_token"])
 
 
+NORMED = TINY.model_copy(update={"head_norm": "batch", "virtual_batch": 3})
+NORMS = [f"heads.{name}.projector.{i}" for name in ("instance", "local_group", "group") for i in (1, 4)]
+
+
+def test_batch_norm_is_the_official_switch():
+    """Linear, BatchNorm1d, GELU, twice, Linear, as `use_bn_in_head` builds it; none in the predictor."""
+    student = Student(NORMED)
+    assert [name for name, part in student.named_modules() if isinstance(part, BatchNorm)] == NORMS
+    for name, bias in (("instance", False), ("group", True)):
+        plain = nn.Sequential(
+            nn.Linear(32, 24, bias=bias), nn.BatchNorm1d(24), nn.GELU(),
+            nn.Linear(24, 24, bias=bias), nn.BatchNorm1d(24), nn.GELU(),
+            nn.Linear(24, 8, bias=bias),
+        )  # fmt: skip
+        ours = student.heads[name].projector
+        plain.load_state_dict(ours.state_dict(), strict=True)  # pyright: ignore[reportCallIssue]
+        x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(ours(x), plain(x), rtol=0, atol=1e-6)  # pyright: ignore[reportCallIssue]
+    weights = student.state_dict()
+    assert all((weights[f"{name}.weight"] == 1).all() and not weights[f"{name}.bias"].any() for name in NORMS)
+
+
+def test_a_forward_carries_its_statistics_out_and_changes_nothing():
+    student = Student(NORMED)
+    before = {key: value.clone() for key, value in student.state_dict().items()}
+    out = student(views(), bank())
+    # Five crops of three images: each crop is a virtual batch.
+    assert {key: tuple(value.shape) for key, value in statistics_of(out).items()} == {
+        f"batch_norm.{name}": (5, 2, 24) for name in NORMS
+    }
+    assert not any(value.requires_grad for value in statistics_of(out).values())
+    student([torch.full_like(x, torch.nan) for x in views()], bank())
+    assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
+    merge_statistics(student, statistics_of(out))
+    changed = {key for key, value in student.state_dict().items() if not torch.equal(value, before[key])}
+    kinds = ("running_mean", "running_var", "num_batches_tracked")
+    assert changed == {f"{name}.{kind}" for name in NORMS for kind in kinds}
+    hidden = student.get_submodule("heads.instance.projector.0")(out["class_token"].detach())
+    mean = torch.stack([part.mean(0) for part in hidden.split(3)]).mean(0)
+    torch.testing.assert_close(student.state_dict()["heads.instance.projector.1.running_mean"], 0.1 * mean)
+    student.eval()
+    out = student(views(), bank())
+    assert not statistics_of(out)
+    alone = student([views()[0][:1]], bank())["instance"]  # in evaluation a row does not depend on others
+    torch.testing.assert_close(alone, out["instance"][:1], rtol=0, atol=1e-5)
+
+
+def test_two_ranks_with_whole_virtual_batches_do_what_one_does():
+    student, crops = Student(NORMED), views(batch=6)
+    with torch.no_grad():
+        whole = student(crops, bank())
+        shares = []
+        for images in (slice(0, 3), slice(3, 6)):
+            own = [x.view(-1, 6, *x.shape[1:])[:, images].flatten(0, 1) for x in crops]
+            shares.append(student(own, bank()))
+    for name in ("instance", "local_group", "group"):
+        joined = torch.cat([share[name].view(5, 3, -1) for share in shares], dim=1).flatten(0, 1)
+        torch.testing.assert_close(joined, whole[name], rtol=0, atol=1e-5)
+    merged = []
+    for statistics in (whole, {key: torch.cat([share[key] for share in shares]) for key in statistics_of(whole)}):
+        fresh = Student(NORMED)
+        merge_statistics(fresh, statistics_of(statistics))
+        merged.append(fresh.state_dict())
+    for key, value in merged[0].items():
+        torch.testing.assert_close(merged[1][key], value, rtol=1e-5, atol=1e-6)
+
+
+def test_crops_that_fill_no_virtual_batch_are_refused():
+    student = Student(NORMED)
+    with pytest.raises(
+        ValueError, match="8 crops of one size do not fill virtual batches of 3; let virtual_batch divide"
+    ):
+        student(views(batch=4), bank())
+    assert student.eval()(views(batch=4), bank())["group"].shape == (20, 40)
+
+
+def test_weights_are_read_only_inside_the_forward_of_the_module_that_owns_them():
+    """As under ZeRO 3, which gathers a module's own parameters before its forward and scatters them after it."""
+    student = Student(NORMED.model_copy(update={"drop_path": 0.3}))
+    context = bank() | {"drop_path.draws": torch.rand(15, 4, generator=torch.Generator().manual_seed(1))}
+    with torch.no_grad():
+        wanted = student(views(), context)
+        whole = {parameter: parameter.data for parameter in student.parameters()}
+
+        def gather(module: nn.Module, *_) -> None:
+            for parameter in module.parameters(recurse=False):
+                parameter.data = whole[parameter]
+
+        def scatter(module: nn.Module, *_) -> None:
+            for parameter in module.parameters(recurse=False):
+                parameter.data = torch.empty(0)
+
+        for module in student.modules():
+            module.register_forward_pre_hook(gather)
+            module.register_forward_hook(scatter)
+            scatter(module)
+        found = student(views(), context)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
 def test_what_the_context_lacks_is_named():
     with pytest.raises(ValueError, match=r"local_group\.bank"):
         Student(TINY)(views())
@@ -156,6 +260,9 @@ def test_what_the_context_lacks_is_named():
         ({"objectives": ["dense"]}, "objectives"),
         ({"objectives": []}, "objectives"),
         ({"drop_path": 1.0}, "drop_path"),
+        ({"head_norm": "layer"}, "head_norm"),
+        ({"virtual_batch": 8}, "virtual_batch 8 is for batch norm; set head_norm: batch"),
+        ({"head_norm": "batch", "virtual_batch": 1}, "virtual_batch"),
     ],
 )
 def test_impossible_configurations_are_refused(given: dict, said: str):

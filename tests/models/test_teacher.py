@@ -1,6 +1,9 @@
 """The teacher: the student's weights at first, no predictor, no gradient, nothing shared."""
 
+import pytest
 import torch
+from gristmill.models.batch_norm import merge_statistics, statistics_of
+from gristmill.models.ema import ema_update, pairs
 from gristmill.models.student import Student, StudentConfig
 from gristmill.models.teacher import make_teacher
 from torch.nn.functional import normalize
@@ -11,8 +14,9 @@ CONFIG = StudentConfig(
 )  # fmt: skip
 
 
-def test_teacher_is_the_student_without_predictors():
-    student = Student(CONFIG)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_teacher_is_the_student_without_predictors(frozen: bool):
+    student = Student(CONFIG.model_copy(update={"norm_last_layer": frozen}))
     before = {key: value.clone() for key, value in student.state_dict().items()}
     teacher = make_teacher(student)
     weights = teacher.state_dict()
@@ -36,3 +40,29 @@ def test_teacher_drops_no_paths_and_projects_without_predicting():
     projected = student.heads["instance"].projector(out["class_token"])  # pyright: ignore[reportCallIssue]
     torch.testing.assert_close(out["instance"], normalize(projected, dim=-1), rtol=0, atol=1e-6)
     assert student.config.drop_path == 0.3
+
+
+def test_batch_norm_takes_the_teachers_own_batch_and_remembers_it_apart_from_the_students():
+    config = CONFIG.model_copy(update={"head_norm": "batch", "drop_path": 0.0})
+    student = Student(config, seed=1)
+    teacher = make_teacher(student)
+    generator = torch.Generator().manual_seed(0)
+    context = {"local_group.bank": torch.randn(9, 32, generator=generator)}
+    x = torch.randn(8, 3, 16, 16, generator=generator)
+    out = student([x], context)
+    with torch.no_grad():
+        targets = teacher([x], context)
+    # Same weights and own statistics: the same projection, so statistics are the student's to the bit.
+    found = statistics_of(targets)
+    assert found.keys() == statistics_of(out).keys()
+    assert len(found) == 6
+    assert all(torch.equal(found[key], out[key]) for key in found)
+    merge_statistics(student, statistics_of(student([x + 1], context)))
+    ema_update(pairs(student, teacher), 0.5)
+    key = "heads.group.projector.1.running_mean"
+    assert not teacher.state_dict()[key].any()
+    merge_statistics(teacher, found)
+    torch.testing.assert_close(teacher.state_dict()[key], 0.1 * found["batch_norm.heads.group.projector.1"][0, 0])
+    one = teacher.eval()([x[:1]], context)
+    assert one["group"].isfinite().all()
+    assert not statistics_of(one)

@@ -1,14 +1,18 @@
 """The backbone: equal to the official ViT, to timm's, and pure in its seed and its draws."""
 
+import copy
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from gristmill.models.vit import branch_scales, build_backbone, resize_pos_embed, tokens
-from hypothesis import given
+from gristmill.models.vit import Backbone, branch_scales, build_backbone, compile_blocks, resize_pos_embed, tokens
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 VECTORS = Path(__file__).parent.parent / "vectors"
 SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
@@ -62,6 +66,7 @@ def test_names_decide_what_is_not_overridden():
         ("vit_small_patch16_dinov3", {}, "not a ViT that timm knows"),
         ("vit_base_patch16_clip_quickgelu_224", {"depth": 1}, "not a plain ViT"),
         ("vit_small_patch14_reg4_dinov2", {"depth": 1, "img_size": 28}, "not a plain ViT"),
+        ("vit_base_patch16_rpn_224", {"depth": 1}, "not a plain ViT"),
         ("vit_small_patch16_224", {"depth": 1, "num_heads": 5}, "cannot be built"),
         ("vit_small_patch16_224", {"depth": 1, "img_size": 100}, "not a multiple of the patch size"),
     ],
@@ -95,6 +100,7 @@ def test_initial_weights_are_mugs():
 
 
 @given(st.floats(0, 0.9), st.integers(1, 6), st.integers(0, 2**32))
+@settings(deadline=None)
 def test_branch_scales(rate: float, depth: int, seed: int):
     draws = torch.rand(200, 2 * depth, generator=torch.Generator().manual_seed(seed))
     scales = branch_scales(draws, rate)
@@ -114,3 +120,129 @@ def test_a_branch_at_zero_is_as_if_it_were_not_there():
         backbone.blocks[1] = torch.nn.Identity()
         torch.testing.assert_close(found[[0, 1, 3]], whole[[0, 1, 3]], rtol=0, atol=1e-6)
         torch.testing.assert_close(found[2], backbone(x)[2], rtol=0, atol=1e-6)
+
+
+def crops(scaled: bool) -> list[tuple[Tensor, Tensor | None]]:
+    """Images of two sizes, each with factors for the branches of three blocks; the second image drops some."""
+    generator = torch.Generator().manual_seed(3)
+    sizes = [torch.randn(n, 3, side, side, generator=generator) for n, side in ((2, 32), (3, 16))]
+    scale = torch.tensor([1.0, 1, 1, 1, 1, 1, 0, 1.5, 1.5, 0, 1, 2]).view(2, 6)
+    return [(x, torch.cat([scale, scale])[: len(x)] if scaled else None) for x in sizes]
+
+
+def learn(backbone: Backbone, scaled: bool, bf16: bool, sizes: int = 2) -> list[Tensor]:
+    """Outputs and gradients of one step over so many sizes of crops."""
+    backbone.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        out = [tokens(backbone, x, scale)[1] for x, scale in crops(scaled)[:sizes]]
+        loss = torch.stack([(y.float() ** 3).mean() for y in out]).sum()
+    loss.backward()
+    return [y.detach() for y in out] + [p.grad for p in backbone.parameters() if p.grad is not None]
+
+
+def counted(backbone: Backbone) -> list[int]:
+    """Will hold the index of each block that runs."""
+    seen: list[int] = []
+    for index, block in enumerate(backbone.blocks):
+        block.norm1.register_forward_hook(lambda *_, index=index: seen.append(index))
+    return seen
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_recomputation_changes_no_bit(scaled: bool, bf16: bool):
+    plain = build_backbone("vit_tiny_patch16_224", **SMALL)
+    again = copy.deepcopy(plain)
+    again.recompute = True
+    seen = counted(again)
+    wanted, found = learn(plain, scaled, bf16), learn(again, scaled, bf16)
+    assert len(wanted) == 2 + len(list(plain.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert sorted(seen) == sorted([0, 1, 2] * 4), "each block twice a size: forward, and once more in the backward"
+
+
+def test_recomputation_keeps_less_and_only_for_a_backward():
+    backbone = build_backbone("vit_tiny_patch16_224", **SMALL)
+    x = crops(False)[0][0]
+
+    def kept() -> int:
+        sizes: list[int] = []
+
+        def note(tensor: Tensor) -> Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            backbone(x)
+        return sum(sizes)
+
+    whole = kept()
+    backbone.recompute = True
+    assert kept() < whole / 4
+    backbone.eval()
+    assert kept() == whole
+    backbone.train()
+    seen = counted(backbone)
+    with torch.no_grad():
+        backbone(x)
+    assert seen == [0, 1, 2]
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A fresh compiler, whose files end with the test."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize(("scaled", "recompute", "sizes"), [(False, False, 1), (True, True, 2)])
+def test_compiled_blocks_equal_the_plain_ones(scaled: bool, recompute: bool, sizes: int):
+    plain = build_backbone("vit_tiny_patch16_224", **SMALL)
+    compiled = copy.deepcopy(plain)
+    compiled.recompute = recompute
+    compile_blocks(compiled, "aot_eager")
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    torch._dynamo.utils.counters.clear()
+    found = learn(compiled, scaled, False, sizes)
+    for a, b in zip(found, learn(plain, scaled, False, sizes), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"]
+    # Shared by all blocks: a graph for the first size, and one more that serves any size.
+    assert counters["stats"]["unique_graphs"] == sizes
+    # Blocks one by one take part, with scales or without.
+    assert all(block._compiled_call_impl is not None for block in compiled.blocks)
+    assert all(block._compiled_call_impl is None for block in copy.deepcopy(compiled).blocks)
+
+
+@pytest.mark.usefixtures("compiler")
+def test_inductor_equals_the_plain_blocks_or_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch):
+    plain = build_backbone("vit_tiny_patch16_224", **{**SMALL, "depth": 1})
+    compiled = copy.deepcopy(plain)
+    if shutil.which("g++"):
+        # One process, no vectors, no backward: compiling is slow. Gradients are tied under the other backend.
+        monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
+        monkeypatch.setattr("torch._inductor.config.cpp.simdlen", 1)
+        monkeypatch.delenv("CXX", raising=False)
+        compile_blocks(compiled)
+        x, scale = torch.ones(2, 3, 32, 32), torch.tensor([[1.0, 1.5], [0.0, 2.0]])
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x, scale), plain(x, scale), rtol=1e-5, atol=1e-6)
+        assert torch._dynamo.utils.counters["inductor"]
+    monkeypatch.setenv("PATH", "")
+    for name in ("", "clang++-99 -O2"):
+        monkeypatch.setenv("CXX", name)
+        with pytest.raises(
+            RuntimeError, match=r"inductor needs a C\+\+ compiler \((g|clang)\+\+.*install it, or leave"
+        ):
+            compile_blocks(plain, "inductor")
+    assert plain.blocks[0]._compiled_call_impl is None
+    plain(crops(False)[0][0])
+
+
+def test_a_backend_that_torch_lacks_is_refused():
+    with pytest.raises(ValueError, match=r"no backend 'inductr'; choose of .*inductor"):
+        compile_blocks(build_backbone("vit_tiny_patch16_224", **SMALL), "inductr")
