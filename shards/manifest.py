@@ -1,6 +1,7 @@
 """The manifest: which sample lies where in which shard, as Parquet beside the tars.
 
-A data set is a folder: `*.tar`, `shards.parquet` (a row a shard: url, samples, bytes, digest), `samples/*.parquet` (a
+A data set is a folder: `*.tar`, `shards.parquet` (a row a shard: url, samples, bytes, digest, and for shards made by
+others the identity that their storage gave them: time of change, etag), `samples/*.parquet` (a
 row a sample, one row group a shard, 512 groups a file, for a footer grows with its groups) and `dataset.json`, written
 last, whose presence says that the rest is complete. The digest names the data set: the hash over each shard's name and
 digest, which in turn hashes its keys, offsets and lengths. So opening costs O(shards), a shard's rows are read and
@@ -22,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .addresses import SCHEMES, beside, scheme_of
 from .errors import GristmillError
 
 SCHEMA = 1
@@ -29,7 +31,13 @@ DATASET, SHARDS, SAMPLES = "dataset.json", "shards.parquet", "samples"
 GROUPS = 512  # row groups a file: 5,000 of them made a footer of 4.5 MB
 
 SHARD_FIELDS = pa.schema(
-    [("url", pa.string()), ("samples", pa.int64()), ("bytes", pa.int64()), ("digest", pa.string())]
+    [
+        ("url", pa.string()),
+        ("samples", pa.int64()),
+        ("bytes", pa.int64()),
+        ("digest", pa.string()),
+        ("identity", pa.string()),  # may be missing, and null: then checksums stand in for it
+    ]
 )
 SAMPLE_FIELDS = pa.schema(
     [
@@ -54,7 +62,8 @@ class Rows:
 
     `offset` and `length` are those of the image member's bytes in the tar. `width` and `height` are upright: after the
     EXIF orientation was applied. `format` is the image member's suffix: "jpg", "png", "webp". Where `deep` is false
-    only headers were read, and `crc32`, `width` and `height` are zeros that mean nothing.
+    only headers were read, and `crc32`, `width` and `height` are zeros that mean nothing. Where `deep` is true, a width
+    of zero says that the image did not decode when it was indexed.
     """
 
     keys: list[str]
@@ -93,7 +102,8 @@ class Manifest:
     """An opened data set. Safe to share between threads.
 
     Attributes: `root` (the folder), `digest` (hex, the data set's identity), `samples`, `bytes` (of all tars),
-    `counts` int64 [S] and `shard_bytes` int64 [S] for the S shards, `urls` (relative to the root), `digests`.
+    `counts` int64 [S] and `shard_bytes` int64 [S] for the S shards, `urls` (relative to the root, or absolute where a
+    shard lies outside of it), `digests`, `identities` (None where none was taken down).
     """
 
     def __init__(self, root: Path, digest: str, shards: pa.Table, cache_rows: int) -> None:
@@ -101,6 +111,9 @@ class Manifest:
         self.digest = digest
         self.urls: list[str] = shards["url"].to_pylist()
         self.digests: list[str] = shards["digest"].to_pylist()
+        self.identities: list[str | None] = (
+            shards["identity"].to_pylist() if "identity" in shards.column_names else [None] * len(self.urls)
+        )
         self.counts: np.ndarray = shards["samples"].to_numpy().astype(np.int64)
         self.shard_bytes: np.ndarray = shards["bytes"].to_numpy().astype(np.int64)
         self.samples = int(self.counts.sum())
@@ -121,7 +134,7 @@ class Manifest:
             shards = pq.read_table(root / SHARDS)
         except (OSError, pa.ArrowException) as error:
             raise ManifestError(f"{root / SHARDS} cannot be read ({error}): make the data set again") from error
-        if not shards.schema.equals(SHARD_FIELDS):
+        if not shards.schema.equals(SHARD_FIELDS) and not shards.schema.equals(SHARD_FIELDS.remove(4)):
             raise ManifestError(f"{root / SHARDS} has other columns than a manifest's: make the data set again")
         found = dataset_digest(shards["url"].to_pylist(), shards["digest"].to_pylist())
         if found != about["digest"]:
@@ -134,9 +147,18 @@ class Manifest:
             raise ManifestError(f"the data set in {root} has no sample: make it again from a folder with images")
         return manifest
 
+    base: str | None = None  # url of the folder that this manifest is a copy of, for shards beside it (mirror.py)
+
     def path(self, shard: int) -> Path:
-        """Where a shard lies."""
+        """Where a local shard lies."""
         return self.root / self.urls[shard]
+
+    def place(self, shard: int) -> str:
+        """Where a shard lies: a path or a url, which may hold a secret."""
+        url = self.urls[shard]
+        if scheme_of(url) in SCHEMES:
+            return url
+        return str(self.root / url) if self.base is None else beside(self.base, url)
 
     def rows(self, shard: int) -> Rows:
         """The samples of a shard, from memory or from Parquet. Raises ManifestError if they are not as written."""
@@ -203,7 +225,7 @@ def _read_about(root: Path) -> dict[str, Any]:
 
 
 def _to_rows(table: pa.Table) -> Rows:
-    deep = all(table[name].null_count == 0 for name in ("crc32", "width", "height"))
+    deep = table["crc32"].null_count == 0
 
     def column(name: str, kind: type) -> np.ndarray:
         return table[name].fill_null(0).to_numpy().astype(kind, copy=False)

@@ -12,9 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from .archive import ShardError
+from .blob import Blob
 from .errors import GristmillError
+from .foreign import close_blob, open_place
 from .images import ImageError, check_image
-from .index import ShardError, index_shard
+from .index import index_shard, sample_shard
+from .index_report import read_skipped
 from .manifest import Manifest, Rows
 
 
@@ -43,33 +47,70 @@ def verify(
             findings += found
             if progress is not None:
                 progress(done, len(manifest.urls))
-    known = set(manifest.urls)
+    known = {os.path.normpath(url) for url in {*manifest.urls, *read_skipped(manifest.root)}}
     strangers = sorted(path.name for path in manifest.root.glob("*.tar") if path.name not in known)
     return findings + [Finding(name, None, "in the folder, but not in the manifest") for name in strangers]
 
 
+def open_shard(manifest: Manifest, shard: int) -> Blob:
+    """A shard's bytes, wherever they lie."""
+    return open_place(manifest.place(shard))
+
+
+def recheck(manifest: Manifest, shard: int, blob: Blob | None = None) -> str | None:
+    """What is wrong with a shard that was only indexed quickly and is not the same file any more; None if nothing is.
+
+    A copy of a data set has other times than the one that was indexed. So where the identity differs, the headers
+    decide: they must still give the same keys, offsets and lengths. Checksums make this needless. `blob`: the shard, if
+    it is open already, or a copy of it.
+    """
+    own = blob is None
+    blob = open_shard(manifest, shard) if blob is None else blob
+    try:
+        known = manifest.identities[shard]
+        if known is None or manifest.rows(shard).deep or blob.identity() == known:
+            return None
+        found = sample_shard(blob).rows
+    except ShardError as error:
+        return f"was changed since it was indexed: byte {error.offset}: {error.problem}"
+    finally:
+        if own:
+            close_blob(blob)
+    if found.digest() != manifest.digests[shard]:
+        return "was replaced since it was indexed: its keys, offsets or lengths are others"
+    return None
+
+
 def _verify_shard(manifest: Manifest, shard: int, deep: bool) -> Iterator[Finding]:
-    url, path = manifest.urls[shard], manifest.path(shard)
+    url = manifest.urls[shard]
     try:
         rows = manifest.rows(shard)
+        blob = open_shard(manifest, shard)
     except GristmillError as error:
         yield Finding(url, None, str(error))
         return
     try:
-        size = path.stat().st_size
+        yield from _verify_blob(manifest, shard, blob, rows, deep)
     except OSError as error:
         yield Finding(url, None, f"cannot be opened ({error.strerror})")
-        return
+    except GristmillError as error:
+        yield Finding(url, None, str(error))
+    finally:
+        close_blob(blob)
+
+
+def _verify_blob(manifest: Manifest, shard: int, blob: Blob, rows: Rows, deep: bool) -> Iterator[Finding]:
+    url, size = manifest.urls[shard], blob.size()
     if size != manifest.shard_bytes[shard]:
         yield Finding(url, None, f"{size} bytes long, {manifest.shard_bytes[shard]} by the manifest")
     try:
-        found = index_shard(path)
+        found = index_shard(blob)
     except ShardError as error:
         yield Finding(url, None, f"byte {error.offset}: {error.problem}")
     else:
         yield from _compare(url, rows, found)
     if deep:
-        yield from _decode(url, path, rows)
+        yield from _decode(url, blob, rows)
 
 
 def _compare(url: str, rows: Rows, found: Rows) -> Iterator[Finding]:
@@ -85,17 +126,17 @@ def _compare(url: str, rows: Rows, found: Rows) -> Iterator[Finding]:
             yield Finding(url, rows.keys[row], f"lies at {there}, not where the manifest says")
 
 
-def _decode(url: str, path: Path, rows: Rows) -> Iterator[Finding]:
-    with path.open("rb", buffering=0) as file:
-        for row, key in enumerate(rows.keys):
-            length = int(rows.length[row])
-            data = os.pread(file.fileno(), length, int(rows.offset[row]))
-            if len(data) < length:
-                yield Finding(url, key, f"cut short: {len(data)} of {length} bytes")
-            elif rows.deep and zlib.crc32(data) != rows.crc32[row]:
-                yield Finding(url, key, "bytes changed (crc32)")
-            else:
-                yield from _look(url, key, data, (int(rows.width[row]), int(rows.height[row])) if rows.deep else None)
+def _decode(url: str, blob: Blob, rows: Rows) -> Iterator[Finding]:
+    for row, key in enumerate(rows.keys):
+        length = int(rows.length[row])
+        data = blob.read(int(rows.offset[row]), length)
+        if len(data) < length:
+            yield Finding(url, key, f"cut short: {len(data)} of {length} bytes")
+        elif rows.deep and zlib.crc32(data) != rows.crc32[row]:
+            yield Finding(url, key, "bytes changed (crc32)")
+        else:
+            known = rows.deep and rows.width[row]
+            yield from _look(url, key, data, (int(rows.width[row]), int(rows.height[row])) if known else None)
 
 
 def _look(url: str, key: str, data: bytes, size: tuple[int, int] | None) -> Iterator[Finding]:

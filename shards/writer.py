@@ -32,16 +32,18 @@ from .storage import PARTIAL, Draft, published, sync_folder
 
 
 def _to_table(rows: Rows) -> pa.Table:
-    def found(column: np.ndarray) -> Any:
-        return column if rows.deep else pa.nulls(len(rows))
+    def found(column: np.ndarray, unknown: np.ndarray | None = None) -> Any:
+        return pa.array(column, mask=unknown) if rows.deep else pa.nulls(len(rows))
+
+    undecoded = rows.width == 0
 
     columns = [
         rows.keys,
         rows.offset,
         rows.length,
         found(rows.crc32),
-        found(rows.width),
-        found(rows.height),
+        found(rows.width, undecoded),
+        found(rows.height, undecoded),
         rows.format,
     ]
     arrays = [pa.array(c).cast(f.type) for c, f in zip(columns, SAMPLE_FIELDS, strict=True)]
@@ -60,7 +62,7 @@ class ManifestWriter:
         self._folder = self.root / (SAMPLES + PARTIAL)
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
-        self._shards: list[tuple[str, int, int, str]] = []
+        self._shards: list[tuple[str, int, int, str, str | None]] = []
         self._file: Draft | None = None
         self._parquet: pq.ParquetWriter | None = None
 
@@ -70,8 +72,8 @@ class ManifestWriter:
     def __exit__(self, *_: object) -> None:
         self.discard()
 
-    def add(self, url: str, size: int, rows: Rows) -> None:
-        """Append the shard `url` (relative to the root) of `size` bytes."""
+    def add(self, url: str, size: int, rows: Rows, identity: str | None = None) -> None:
+        """Append the shard `url` (relative to the root, or absolute) of `size` bytes."""
         if len(rows) == 0:
             raise ManifestError(f"shard {url} has no sample: leave it out of the data set")
         number, group = divmod(len(self._shards), GROUPS)
@@ -81,7 +83,7 @@ class ManifestWriter:
             self._parquet = pq.ParquetWriter(self._file, SAMPLE_FIELDS, compression="zstd")
         assert self._parquet is not None
         self._parquet.write_table(_to_table(rows), row_group_size=len(rows))
-        self._shards.append((url, len(rows), size, rows.digest()))
+        self._shards.append((url, len(rows), size, rows.digest(), identity))
 
     def _close_file(self) -> None:
         if self._parquet is not None and self._file is not None:
@@ -93,7 +95,7 @@ class ManifestWriter:
         """Make the data set seen, `dataset.json` last. Returns its digest."""
         self._close_file()
         sync_folder(self._folder)
-        columns = list(zip(*self._shards, strict=True)) or [()] * 4
+        columns = list(zip(*self._shards, strict=True)) or [()] * 5
         digest = dataset_digest(columns[0], columns[3])
         # From here to the last line the folder is no data set: an old one of the same name must not claim new rows.
         (self.root / DATASET).unlink(missing_ok=True)

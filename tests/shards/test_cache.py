@@ -1,0 +1,433 @@
+"""The shared cache of a node: its budget, its locks, its disk, and what kills leave behind. All for real."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from random import Random
+
+import pytest
+from gristmill.shards.blob import LocalBlob
+from gristmill.shards.cache import Cache, CacheError, Lease
+from gristmill.shards.client import Client
+from gristmill.shards.errors import GristmillError
+from gristmill.shards.remote import HttpBlob
+from gristmill.shards.retry import ChangedError, RetryPolicy, Stopped, StorageError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ..faulty_http import FaultyServer
+
+SIZE = 100_000
+ENTRY = SIZE + 1200  # with its description, and room for a second one while it is renewed
+QUICK = RetryPolicy(deadline=15.0, first_pause=0.005, longest_pause=0.05, stall_timeout=1.0, min_rate=1e6)
+NEVER = float("inf")
+
+
+def content(number: int, size: int = SIZE) -> bytes:
+    return (b"%08d" % number) * (size // 8)
+
+
+@pytest.fixture
+def server() -> Iterator[FaultyServer]:
+    with FaultyServer({f"/{number}.tar": content(number) for number in range(12)}) as server:
+        yield server
+
+
+@pytest.fixture
+def blob(server: FaultyServer) -> Callable[[int], HttpBlob]:
+    client = Client(QUICK)
+    return lambda number: HttpBlob(server.url(f"/{number}.tar"), client)
+
+
+def cache_at(folder: Path, entries: float = 10, next_use: Callable[[str], float] = float, **more) -> Cache:
+    """Keys are numbers here, and by default a shard is needed at the time of its number."""
+    return Cache(folder, int(entries * ENTRY), next_use, **more)
+
+
+def fetched(lease: Lease | None) -> Lease:
+    assert lease is not None
+    return lease
+
+
+def taken(folder: Path) -> int:
+    """Bytes of the folder at one moment: under its lock, so that nothing is removed between two looks."""
+    with (folder / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        total = 0
+        for entry in os.scandir(folder):
+            try:
+                total += entry.stat().st_size
+            except FileNotFoundError:  # a fetch that is given up needs no lock to get smaller
+                continue
+        return total
+
+
+def test_a_shard_is_fetched_once_and_then_there(tmp_path: Path, server: FaultyServer, blob):
+    cache = cache_at(tmp_path)
+    assert "3" not in cache
+    assert cache.lookup("3") is None
+    with cache.use("3", blob(3)) as path:
+        assert path is not None
+        assert path.read_bytes() == content(3)
+    asked = len(server.asked())
+    with fetched(cache.lookup("3")) as lease:
+        assert lease.read(8, 16) == content(3)[8:24]
+        assert lease.read(SIZE - 4, 100) == content(3)[-4:]
+    with fetched(Cache(tmp_path, 10 * ENTRY, float).fetch("3", blob(3))) as lease:
+        assert lease.size == SIZE
+    assert len(server.asked()) == asked, "a hit asks no network"
+    stats = cache.stats
+    assert (stats.hits, stats.misses, stats.fetched, stats.bytes) == (1, 1, 1, SIZE)
+    assert "3" in cache
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == ["", ".json", ".shard"]
+
+
+def test_any_blob_will_do(tmp_path: Path):
+    source = tmp_path / "source.tar"
+    source.write_bytes(content(1))
+    with cache_at(tmp_path / "cache").use("1", LocalBlob(source)) as path:
+        assert path is not None
+        assert path.read_bytes() == content(1)
+
+
+def test_what_is_needed_last_goes_and_what_is_in_use_stays(tmp_path: Path, blob):
+    cache = cache_at(tmp_path, 3)
+    held = fetched(cache.fetch("9", blob(9)))
+    for number in (1, 2):
+        fetched(cache.fetch(str(number), blob(number))).release()
+    fetched(cache.fetch("3", blob(3))).release()
+    assert ["9" in cache, "1" in cache, "2" in cache, "3" in cache] == [True, True, False, True]
+    assert held.read(0, SIZE) == content(9)
+    held.release()
+    fetched(cache.fetch("0", blob(0))).release()
+    assert "9" not in cache
+    assert (cache.stats.evictions, cache.stats.fallbacks) == (2, {})
+    assert taken(tmp_path) <= cache.budget
+
+
+def test_no_room_is_no_error(tmp_path: Path, blob):
+    cache = cache_at(tmp_path, 2)
+    leases = [fetched(cache.fetch(str(number), blob(number))) for number in (1, 2)]
+    assert cache.fetch("3", blob(3)) is None
+    with cache.use("3", blob(3)) as path:
+        assert path is None
+    assert cache.stats.fallbacks == {"no room": 2}
+    small = Cache(tmp_path / "small", SIZE // 2, float)
+    assert small.fetch("1", blob(1)) is None
+    assert small.stats.fallbacks == {"too large": 1}
+    for lease in leases:
+        lease.release()
+    fetched(cache.fetch("3", blob(3))).release()
+
+
+def test_what_is_needed_sooner_makes_no_room_for_what_is_needed_later(tmp_path: Path, blob):
+    cache = cache_at(tmp_path, 2)
+    for number in (1, 2):
+        fetched(cache.fetch(str(number), blob(number))).release()
+    assert cache.fetch("5", blob(5), needed=5) is None
+    fetched(cache.fetch("0", blob(0), needed=0)).release()
+    assert ["0" in cache, "1" in cache, "2" in cache] == [True, True, False]
+
+
+def test_room_is_made_only_if_it_suffices(tmp_path: Path, server: FaultyServer, blob):
+    server.put("/11.tar", content(11, 3 * SIZE))
+    cache = cache_at(tmp_path, 4)
+    pinned = [fetched(cache.fetch(str(number), blob(number))) for number in (1, 2)]
+    for number in (7, 8):
+        fetched(cache.fetch(str(number), blob(number))).release()
+    assert cache.fetch("11", blob(11)) is None
+    assert "7" in cache
+    assert "8" in cache
+    for lease in pinned:
+        lease.release()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["fetch", "prefetch", "release", "drop"]), st.integers(0, 5)), min_size=1, max_size=25
+    ),
+    st.integers(1, 6),
+    st.randoms(use_true_random=False),
+)
+def test_never_over_budget_and_never_without_what_is_in_use(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, int]], room: int, rng: Random
+):
+    """Against a model: what may stay does, what is in use stays, what comes is whole, and the budget holds throughout."""
+    folder = tmp_path_factory.mktemp("cache")
+    when = {str(number): rng.choice([1.0, 2.0, 3.0, NEVER]) for number in range(6)}
+    sizes = {str(number): 1000 * (number + 1) for number in range(6)}
+    cache = Cache(folder, room * 3000, when.__getitem__)
+    source = {}
+    for key, size in sizes.items():
+        path = folder.with_name(f"{folder.name}-{key}")
+        path.write_bytes(bytes([int(key)]) * size)
+        source[key] = LocalBlob(path)
+    held: dict[str, list[Lease]] = {key: [] for key in sizes}
+    for what, number in steps:
+        key = str(number)
+        before = {one for one in sizes if one in cache}
+        if what in ("fetch", "prefetch"):
+            needed = when[key] if what == "prefetch" else -NEVER
+            lease = cache.fetch(key, source[key], needed=needed)
+            if lease is not None:
+                held[key].append(lease)
+            gone = before - {one for one in sizes if one in cache}
+            assert not any(held[one] for one in gone)
+            assert all(when[one] > needed for one in gone)
+            if lease is None:
+                assert gone == set()
+        elif what == "release" and held[key]:
+            held[key].pop().release()
+        elif what == "drop" and key in cache and not held[key]:
+            flip(cache, key)
+            assert cache.suspect(key)
+        assert taken(folder) <= cache.budget
+        for one, leases in held.items():
+            for lease in leases:
+                assert lease.read(0, 10**6) == bytes([int(one)]) * sizes[one]
+    for leases in held.values():
+        for lease in leases:
+            lease.release()
+
+
+def flip(cache: Cache, key: str) -> None:
+    """Change one byte, and nothing else that could be seen."""
+    path = cache.entries.path(key)
+    about = path.stat()
+    with path.open("r+b") as file:
+        file.seek(777)
+        byte = file.read(1)
+        file.seek(777)
+        file.write(bytes([byte[0] ^ 4]))
+    os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+
+
+def test_a_damaged_copy_is_found_dropped_and_fetched_anew(tmp_path: Path, blob):
+    cache = cache_at(tmp_path)
+    fetched(cache.fetch("1", blob(1))).release()
+    assert not cache.suspect("1"), "a sound copy says that the source is damaged"
+    flip(cache, "1")
+    reader = fetched(cache.lookup("1"))  # nothing to be seen yet
+    assert cache.suspect("1")
+    assert "1" not in cache
+    with fetched(cache.fetch("1", blob(1))) as lease:
+        assert lease.read(0, SIZE) == content(1)
+        # The bad copy counts until its last user is done with it.
+        assert taken(tmp_path) > 2 * SIZE
+    reader.release()
+    fetched(cache.fetch("2", blob(2))).release()
+    assert [path for path in tmp_path.iterdir() if path.suffix == ".dead"] == []
+    assert cache.stats.corrupt == 1
+
+
+@pytest.mark.parametrize(
+    "damage", ["shorter", "rewritten", "no description", "bad description", "flipped before a boot"]
+)
+def test_damage_that_can_be_seen_is_seen_at_once(tmp_path: Path, blob, damage: str):
+    cache = cache_at(tmp_path)
+    fetched(cache.fetch("1", blob(1))).release()
+    path, about = cache.entries.path("1"), cache.entries.path("1", ".json")
+    if damage == "shorter":
+        os.truncate(path, SIZE - 1)
+    elif damage == "rewritten":
+        path.write_bytes(content(2))
+    elif damage == "no description":
+        about.unlink()
+    elif damage == "bad description":
+        about.write_text("{")
+    else:
+        flip(cache, "1")
+        about.write_text(json.dumps(json.loads(about.read_text()) | {"boot": "an earlier one"}))
+    assert cache.lookup("1") is None
+    with fetched(cache.fetch("1", blob(1))) as lease:
+        assert lease.read(0, SIZE) == content(1)
+    assert (cache.stats.corrupt, cache.stats.fetched) == (1, 2)
+
+
+def test_after_a_boot_a_sound_shard_is_checked_once(tmp_path: Path, server: FaultyServer, blob):
+    cache = cache_at(tmp_path)
+    fetched(cache.fetch("1", blob(1))).release()
+    about = cache.entries.path("1", ".json")
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"boot": "an earlier one"}))
+    fetched(cache.lookup("1")).release()
+    assert json.loads(about.read_text())["boot"] == cache.entries.boot
+
+
+def test_another_object_of_that_name_is_not_served(tmp_path: Path, server: FaultyServer, blob):
+    cache = cache_at(tmp_path)
+    fetched(cache.fetch("1", blob(1))).release()
+    old = blob(1).identity()
+    fetched(cache.lookup("1", old)).release()
+    server.put("/1.tar", content(99))
+    assert cache.lookup("1", blob(1).identity()) is None
+    assert cache.stats.replaced == 1
+    with fetched(cache.fetch("1", blob(1))) as lease:
+        assert lease.read(0, 8) == b"00000099"
+
+
+def test_a_fetch_that_was_cut_goes_on_where_it_stopped(tmp_path: Path, server: FaultyServer):
+    hasty = Client(QUICK.model_copy(update={"deadline": 0.2}))
+    cache = cache_at(tmp_path)
+    patient = HttpBlob(server.url("/1.tar"), hasty)
+    patient.size()
+    server.fault("end", after=60_000)
+    server.fault("status", code=503, times=1000)
+    with pytest.raises(StorageError, match="deadline"):
+        cache.fetch("1", patient)
+    server.heal()
+    with fetched(cache.fetch("1", patient)) as lease:
+        assert lease.read(0, SIZE) == content(1)
+    assert (cache.stats.resumed_bytes, cache.stats.bytes) == (60_000, SIZE)
+    assert not cache.suspect("1"), "what was there before is part of the digest"
+
+
+@pytest.mark.parametrize("sound", [True, False])
+def test_a_kill_just_before_the_last_rename_costs_nothing(tmp_path: Path, server: FaultyServer, blob, sound: bool):
+    cache = cache_at(tmp_path)
+    fetched(cache.fetch("1", blob(1))).release()
+    if not sound:
+        flip(cache, "1")
+    cache.entries.path("1").rename(cache.entries.path("1", ".partial"))
+    with fetched(cache.fetch("1", blob(1))) as lease:
+        assert lease.read(0, SIZE) == content(1)
+    assert cache.stats.resumed_bytes == (SIZE if sound else 0)
+    assert cache.stats.bytes == (SIZE if sound else 2 * SIZE)
+
+
+@pytest.mark.parametrize("why", ["replaced", "not vouched for"])
+def test_half_of_another_object_is_not_continued(tmp_path: Path, server: FaultyServer, why: str):
+    server.etag = server.modified = why == "replaced"
+    hasty = Client(QUICK.model_copy(update={"deadline": 0.2}))
+    first = HttpBlob(server.url("/1.tar"), hasty)
+    first.size()
+    server.fault("end", after=60_000)
+    server.fault("status", code=503, times=1000)
+    cache = cache_at(tmp_path)
+    with pytest.raises(StorageError):
+        cache.fetch("1", first)
+    server.heal()
+    server.put("/1.tar", content(7))
+    with fetched(cache.fetch("1", HttpBlob(server.url("/1.tar"), Client(QUICK)))) as lease:
+        assert lease.read(0, SIZE) == content(7)
+    assert cache.stats.resumed_bytes == 0
+
+
+def test_an_object_replaced_during_the_fetch_is_an_error_and_leaves_nothing(tmp_path: Path, server: FaultyServer, blob):
+    one = blob(1)
+    one.size()
+    server.fault("drip", rate=200_000)
+    cache = cache_at(tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(cache.fetch, "1", one)
+        while cache.stats.bytes == 0:
+            time.sleep(0.005)
+        server.put("/1.tar", content(2))
+        server.fault("status", code=503)  # for whoever asks again
+        for connection in list(server._open):
+            connection.shutdown(2)
+        with pytest.raises(ChangedError, match="was replaced"):
+            job.result()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_server_that_ignores_ranges_fills_a_cache_too(tmp_path: Path, server: FaultyServer, blob):
+    server.ranges = False
+    with fetched(cache_at(tmp_path).fetch("1", blob(1))) as lease:
+        assert lease.read(500, 10) == content(1)[500:510]
+
+
+def test_a_fetch_can_be_called_off(tmp_path: Path, server: FaultyServer, blob):
+    cache, stop = cache_at(tmp_path), threading.Event()
+    one = blob(1)
+    one.size()
+    server.fault("stall", after=5000, path="/1.tar")
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(cache.fetch, "1", one, stop=stop)
+        while cache.stats.bytes == 0:
+            time.sleep(0.005)
+        stop.set()
+        with pytest.raises(Stopped):
+            job.result()
+    with fetched(cache.fetch("1", one)) as lease:
+        assert lease.read(0, SIZE) == content(1)
+    assert cache.stats.resumed_bytes == 5000
+
+
+def test_a_folder_that_cannot_be_one(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CacheError, match="cannot be a cache") as caught:
+        Cache(tmp_path / "file", 10, float)
+    assert isinstance(caught.value, GristmillError)
+
+
+def fill(path: Path) -> None:
+    """Take all that is left of a disk."""
+    with suppress(OSError), path.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+def test_a_full_disk_sends_readers_to_the_remote_and_says_so_once(small_disk: Path, server: FaultyServer, blob):
+    """The disk fills while a shard is on its way, which no looking ahead can prevent."""
+    said: list[str] = []
+    cache = Cache(small_disk / "cache", 10**9, float, say=said.append, disk_pause=0.0)
+    server.put("/1.tar", content(1, 400_000))
+    one = blob(1)
+    one.size()
+    server.fault("drip", rate=400_000, times=1)
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(cache.fetch, "1", one)
+        while cache.stats.bytes == 0:
+            time.sleep(0.005)
+        fill(small_disk / "other")
+        assert job.result() is None
+    assert not list((small_disk / "cache").glob("*.partial"))
+    (small_disk / "other").write_bytes(bytes(1_000_000))
+    assert cache.fetch("3", blob(3)) is None, "what does not fit on the disk is not begun"
+    assert one.read(10, 100) == content(1, 400_000)[10:110]
+    (small_disk / "other").unlink()
+    with fetched(cache.fetch("1", one)) as lease:
+        assert lease.read(0, 10**6) == content(1, 400_000)
+    assert cache.stats.fallbacks["disk"] >= 1
+    assert len(said) == 1
+    assert "is full" in said[0]
+    assert str(small_disk) in said[0]
+
+
+def test_a_disk_that_others_fill_makes_the_cache_smaller(small_disk: Path, blob):
+    cache = Cache(small_disk / "cache", 10**9, float)
+    for number in range(4):
+        fetched(cache.fetch(str(number), blob(number))).release()
+    (small_disk / "other").write_bytes(bytes(1_048_576 - 4 * SIZE - 60_000 - 40_000))
+    fetched(cache.fetch("0", blob(0))).release()
+    with fetched(cache.fetch("9", blob(9))) as lease:
+        assert lease.read(0, 8) == b"00000009"
+    assert cache.stats.evictions >= 1
+    assert "0" in cache
+    assert "3" not in cache
+
+
+def test_a_fork_does_not_take_leases_along(tmp_path: Path, blob):
+    cache = cache_at(tmp_path)
+    lease = fetched(cache.fetch("1", blob(1)))
+    child = os.fork()
+    if child == 0:
+        try:
+            lease.read(0, 1)
+        except OSError:
+            lease.release()
+            mine = cache.lookup("1")
+            os._exit(0 if mine is not None and mine.read(0, 8) == b"00000001" else 2)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert lease.read(0, 8) == b"00000001"
+    lease.release()

@@ -1,0 +1,109 @@
+"""Real processes for tests, started in milliseconds: one that has imported what is slow forks the others.
+
+    with Workers("import numpy") as workers:
+        one = workers.start("print(numpy.arange(n))", n=3)
+        one.join(), one.output()
+
+They are no children of the test, so that a SIGKILL hits exactly one of them, and threads of the test are not theirs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_PARENT = """
+import json, os, sys, traceback
+exec(sys.argv[1])
+for line in sys.stdin:
+    job = json.loads(line)
+    if "code" in job:
+        pid = os.fork()
+        if pid == 0:
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            os.dup2(os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+            os.dup2(1, 2)
+            code = 0
+            try:
+                globals().update(job["values"])
+                exec(job["code"], globals())
+            except BaseException:
+                traceback.print_exc()
+                code = 1
+            sys.stdout.flush()
+            os._exit(code)
+        print(pid, flush=True)
+    else:
+        pid, status = os.waitpid(job["pid"], 0 if job["wait"] else os.WNOHANG)
+        print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
+"""
+
+
+@dataclass
+class Worker:
+    """One process. Its standard output and errors go to a file."""
+
+    pid: int
+    _file: Path
+    _workers: Workers
+    _code: int | None = None
+
+    def output(self) -> str:
+        return self._file.read_text() if self._file.exists() else ""
+
+    def poll(self, wait: bool = False) -> int | None:
+        """Its exit code (negative: the signal that ended it), None while it runs."""
+        if self._code is None:
+            self._code = self._workers.ask({"pid": self.pid, "wait": wait})
+        return self._code
+
+    def join(self) -> int:
+        code = self.poll(wait=True)
+        assert code is not None
+        return code
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is gone."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.join()
+
+
+class Workers:
+    """Starts processes in which `imports` was executed already. A context manager; kills what still runs."""
+
+    def __init__(self, imports: str) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._started: list[Worker] = []
+        command = [sys.executable, "-c", _PARENT, textwrap.dedent(imports)]
+        self._parent = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def start(self, code: str, **values: Any) -> Worker:
+        """Run code with these values (JSON) as globals."""
+        file = Path(self._folder.name) / str(len(self._started))
+        pid = self.ask({"code": textwrap.dedent(code), "values": values, "output": str(file)})
+        self._started.append(Worker(pid, file, self))
+        return self._started[-1]
+
+    def ask(self, job: dict[str, Any]) -> Any:
+        assert self._parent.stdin is not None
+        assert self._parent.stdout is not None
+        print(json.dumps(job), file=self._parent.stdin, flush=True)
+        return json.loads(self._parent.stdout.readline())
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._started:
+            worker.kill()
+        self._parent.communicate()
+        self._folder.cleanup()
