@@ -1,7 +1,8 @@
 """Data in motion: a position in, a batch of augmented views out. The only package that imports DALI.
 
 Names are resolved when they are first asked for (PEP 562), so that looking at an order or a cursor loads neither torch
-nor DALI. Read order.py, draws.py and augment/dali.py, in that order, to see what becomes of a position.
+nor DALI. Read order.py, draws.py and augment/dali.py, in that order, to see what becomes of a position; standalone.py is the
+way in for who wants nothing but the loader.
 """
 
 from importlib import import_module
@@ -9,51 +10,79 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .augment.dali import DaliExecutor
+    from .batch import Batch, LoaderError, StallError
     from .cursor import Cursor, CursorError
     from .draws import Draws, Plan, draw
-    from .loader import Batch, Loader, Stats, probe_batches
+    from .fetch import DamageError
+    from .loader import Loader
     from .order import Order, Sequential
-    from .reader import DamageError, Reader
-    from .views import Augment, StreamConfig, View
+    from .probing import probe_batches
+    from .quality import check_working_set, suggest
+    from .reader import Reader
+    from .source import Source
+    from .standalone import Images, images
+    from .stats import Stats, bottleneck
+    from .stream import Stream
+    from .views import Augment, CacheConfig, StreamConfig, View
 
 _HOMES = {
     "Augment": "views",
-    "Batch": "loader",
+    "Batch": "batch",
+    "CacheConfig": "views",
     "Cursor": "cursor",
     "CursorError": "cursor",
     "DaliExecutor": "augment.dali",
-    "DamageError": "reader",
+    "DamageError": "fetch",
     "Draws": "draws",
+    "Images": "standalone",
     "Loader": "loader",
+    "LoaderError": "batch",
     "Order": "order",
     "Plan": "draws",
     "Reader": "reader",
     "Sequential": "order",
-    "Stats": "loader",
+    "Source": "source",
+    "StallError": "batch",
+    "Stats": "stats",
+    "Stream": "stream",
     "StreamConfig": "views",
     "View": "views",
+    "bottleneck": "stats",
+    "check_working_set": "quality",
     "draw": "draws",
-    "probe_batches": "loader",
+    "images": "standalone",
+    "probe_batches": "probing",
+    "suggest": "quality",
 }
 
 __all__ = [
     "Augment",
     "Batch",
+    "CacheConfig",
     "Cursor",
     "CursorError",
     "DaliExecutor",
     "DamageError",
     "Draws",
+    "Images",
     "Loader",
+    "LoaderError",
     "Order",
     "Plan",
     "Reader",
     "Sequential",
+    "Source",
+    "StallError",
     "Stats",
+    "Stream",
     "StreamConfig",
     "View",
+    "bottleneck",
+    "check_working_set",
     "draw",
+    "images",
     "probe_batches",
+    "suggest",
 ]
 
 

@@ -1,7 +1,9 @@
 """The whole state of the data side, as one small JSON that every rank agrees on.
 
 The stream is a pure function of a position, so resuming it takes the position and proof that the function is still the
-same: the manifest's digest, the seed, the lanes and the window. The cursor belongs to the training loop, which advances
+same: the manifest's digest, the seed, the lanes and the window; of data sets that are filtered, mixed or still growing
+also what the filter selects, the weights and the numbers of shards with the positions from which they hold, and which
+removed samples were honoured. A plain data set's cursor has none of these. The cursor belongs to the training loop, which advances
 it when a step is decided, committed or skipped; what is prefetched is not decided and leaves no trace here. Rank, world
 size and batch size are not in it, which is what makes a resume elastic.
 """
@@ -17,9 +19,13 @@ from ..shards.errors import GristmillError
 
 VERSION = 1
 MAX_SKIPPED = 16  # ranges; more is not bad luck but a run that diverges
+MAX_BYTES = 1023  # of the JSON
+_RANGE_BYTES = len("[1000000000000,1000000000000],")  # kept free for each range that may still be skipped
 
 Ranges = tuple[tuple[int, int], ...]
 Mixture = tuple[tuple[int, tuple[float, ...]], ...]
+Grown = tuple[tuple[int, int, int], ...]
+Removed = tuple[tuple[int, str], ...]
 
 
 class CursorError(GristmillError, ValueError):
@@ -40,6 +46,9 @@ class Cursor:
     mixture: Mixture = ()  # (from which position, weights of the data sets); empty with one data set
     quarantine: tuple[int, str] = (0, "")  # count and digest of the quarantine file: a record, never an input
     version: int = VERSION
+    where: str = ""  # identities of what the filters select, one a data set, joined by "+"
+    grown: Grown = ()  # (from which position, data set, number of its shards); empty if nobody counted
+    removed: Removed = ()  # (count, digest) of each data set's tombstones that were honoured; more may be added
 
     def advance(self, n: int, committed: bool) -> Cursor:
         """The cursor after a step of n samples was committed or skipped; CursorError at the 17th separate skip."""
@@ -64,13 +73,24 @@ class Cursor:
         """The cursor with the quarantine's present count and digest on record."""
         return replace(self, quarantine=(count, digest))
 
-    def check(self, manifest_digest: str, seed: int, lanes: int, window: int) -> None:
+    def fitting(self, field: str) -> Cursor:
+        """This cursor, if its JSON leaves room for every range that may yet be skipped; CursorError naming `field`."""
+        room = MAX_BYTES - len(self.to_json()) - (MAX_SKIPPED - len(self.skipped)) * _RANGE_BYTES
+        if room < 0:
+            raise CursorError(
+                f"{field}: the cursor has no room for another change ({-room} bytes too many of {MAX_BYTES}). Begin a new "
+                "run folder from this run's weights: its cursor starts empty"
+            )
+        return self
+
+    def check(self, manifest_digest: str, seed: int, lanes: int, window: int, where: str = "") -> None:
         """CursorError, naming the field, unless this data and this recipe give the stream that the cursor is from."""
         for name, mine, theirs, remedy in (
             ("data", self.data, manifest_digest, "point the recipe at the data set that the run was started on"),
             ("seed", self.seed, seed, f"set seed={self.seed}"),
             ("lanes", self.lanes, lanes, f"set lanes={self.lanes}"),
             ("window", self.window, window, f"set window={self.window}"),
+            ("where", self.where, where, "give the filter that the run was started with, and the same columns"),
         ):
             if mine != theirs:
                 raise CursorError(
@@ -79,8 +99,9 @@ class Cursor:
                 )
 
     def to_json(self) -> str:
-        """One line of JSON, under 1 kB."""
-        return json.dumps(asdict(self), separators=(",", ":"))
+        """One line of JSON, under 1 kB. What a plain data set does not have is left out."""
+        raw = {name: value for name, value in asdict(self).items() if value or name not in _OPTIONAL}
+        return json.dumps(raw, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Cursor:
@@ -95,6 +116,7 @@ class Cursor:
                 f"version: expected {VERSION}, found {found!r}: use the release that wrote the checkpoint"
             )
         names = [field.name for field in fields(cls)]
+        raw = _OPTIONAL | raw
         for name in [*names, *raw]:
             if name not in raw or name not in names:
                 what = "missing" if name in names else "unknown"
@@ -108,6 +130,8 @@ class Cursor:
                 "skipped": tuple((start, stop) for start, stop in raw["skipped"]),
                 "mixture": tuple((start, tuple(weights)) for start, weights in raw["mixture"]),
                 "quarantine": tuple(raw["quarantine"]),
+                "grown": tuple((start, source, shards) for start, source, shards in raw["grown"]),
+                "removed": tuple((count, digest) for count, digest in raw["removed"]),
             }
         )
         if cursor.trained + sum(stop - start for start, stop in cursor.skipped) != cursor.position:
@@ -119,8 +143,22 @@ def _count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
+_OPTIONAL = {"where": "", "grown": [], "removed": []}
+
+
+def _lists(value: Any, length: int) -> bool:
+    return isinstance(value, list) and all(isinstance(item, list) and len(item) == length for item in value)
+
+
 def _pairs(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value)
+    return _lists(value, 2)
+
+
+def _grown(value: Any) -> bool:
+    if not _lists(value, 3) or not all(_count(number) for entry in value for number in entry):
+        return False
+    mine = [[(start, shards) for start, which, shards in value if which == source] for _, source, _ in value]
+    return all(entries[0][0] == 0 and all(a <= c and b < d for (a, b), (c, d) in pairwise(entries)) for entries in mine)
 
 
 def _ranges(value: Any) -> bool:
@@ -137,6 +175,10 @@ def _mixture(value: Any) -> bool:
     )
 
 
+def _record(value: Any) -> bool:
+    return _pairs([value]) and _count(value[0]) and isinstance(value[1], str)
+
+
 _SHAPES = {
     "data": lambda value: isinstance(value, str),
     "seed": _count,
@@ -146,5 +188,8 @@ _SHAPES = {
     "trained": _count,
     "skipped": _ranges,
     "mixture": _mixture,
-    "quarantine": lambda value: _pairs([value]) and _count(value[0]) and isinstance(value[1], str),
+    "quarantine": lambda value: _record(value),
+    "where": lambda value: isinstance(value, str),
+    "grown": _grown,
+    "removed": lambda value: _pairs(value) and all(map(_record, value)),
 }

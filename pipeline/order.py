@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..shards.errors import GristmillError
-from .philox import ORDER_SHARDS, ORDER_WINDOWS, key_from, philox4x32
+from .philox import MIXTURE, ORDER_SHARDS, ORDER_WINDOWS, key_from, philox4x32
 
 # Six rounds suffice against statistics, and a domain of 2 to 16 elements needs more to reach its permutations evenly.
 _ROUNDS = 10
@@ -77,6 +77,23 @@ def _keys(seed: int, a: ArrayLike, b: ArrayLike, stream: int, c: ArrayLike) -> N
     parts = np.broadcast_arrays(np.asarray(a), np.asarray(b), np.asarray(stream), np.asarray(c))
     words = philox4x32(np.stack([part & 0xFFFFFFFF for part in parts], axis=-1), key_from(seed)).astype(np.uint64)
     return words[..., 0::2] | (words[..., 1::2] << np.uint64(32))
+
+
+def derived(seed: int, number: int, purpose: int) -> int:
+    """A seed of its own for part `number` of something; purposes are 1 (data sets of a mixture), 2 (appended shards)."""
+    return int(_keys(seed, number, 0, MIXTURE, purpose)[0])
+
+
+def share(n: Ints, part: int, whole: int) -> Ints:
+    """floor(n * part / whole), exactly: how many of the first n slots belong to one who gets `part` in `whole`.
+
+    n int64 [m] from 0 on, 0 <= part <= whole < 2**40. Long division in digits of 20 bits: the product itself would not
+    fit into 64. Evenly spread, so that no stretch of slots is more than one off its share.
+    """
+    turns, rest = n // whole, n % whole
+    high = (rest >> 20) * part  # < 2**60
+    low = ((high % whole) << 20) + (rest & 0xFFFFF) * part  # < 2**61
+    return turns * part + ((high // whole) << 20) + low // whole
 
 
 class _Cut(NamedTuple):
@@ -142,6 +159,10 @@ class Order:
             row[here] = place - (axis.ends[at] - self.counts[axis.shards[at]])
         return shard, row
 
+    def pool(self, position: int) -> Sequential:
+        """What a substitute at this position is drawn from: all samples in the manifest's order."""
+        return Sequential(self.counts)
+
     def find(self, shard: ArrayLike, row: ArrayLike, epoch: int) -> Ints:
         """The inverse of `locate`: at which positions int64 [n] of this epoch the samples are read."""
         shard, row = np.asarray(shard, np.int64), np.asarray(row, np.int64)
@@ -152,6 +173,65 @@ class Order:
         lane = self._lanes().part(place)
         off = self._permuted(epoch, lane, place - self._lanes().start(lane), inverse=True) - self._lanes().start(lane)
         return epoch * self.samples + off * self.lanes + lane
+
+    def open_windows(self, epoch: int, lanes: Ints, most: int = 1 << 22) -> tuple[Ints, Ints, Ints]:
+        """Which stretch of the epoch's shards is open in each of these lanes, whenever a lane opens a window.
+
+        (first place, last place int64 [T, len(lanes)], both inclusive; shard at each place int64 [S]). Lanes advance
+        together, so that row t is one moment. Of more than `most` stretches, evenly spread moments are given.
+        """
+        lengths = self._lanes().length(lanes)
+        moments = []
+        for total in np.unique(lengths[lengths > 0]):  # at most two, which differ by one
+            parts = -(-int(total) // self.window)
+            step = max(1, parts * len(lanes) * 2 // most)
+            moments.append(_Cut(total, np.asarray(parts)).start(np.arange(0, parts, step)))
+        off = np.unique(np.concatenate(moments))[:, None]
+        lane = lanes[lengths > 0]
+        total = np.broadcast_to(lengths[lengths > 0], (len(off), len(lane)))
+        windows = _Cut(total, -(-total // self.window))
+        window = windows.part(np.minimum(off, total - 1))
+        start = self._lanes().start(lane) + windows.start(window)
+        ends = self._axis(epoch).ends
+        first = np.searchsorted(ends, start, side="right")
+        last = np.searchsorted(ends, start + windows.length(window) - 1, side="right")
+        return first, last, self._axis(epoch).shards
+
+    def open_spans(self, epoch: int) -> tuple[Ints, Ints, Ints, Ints]:
+        """From which position to which one an epoch keeps each shard open: (shard, lane, first, last) int64 [n] each.
+
+        Both positions inclusive, of the windows that the shard lies in. One entry for each lane that a shard reaches
+        into; of one that reaches into more than two, a single entry (lane -1) stands for those in the middle.
+        """
+        axis, cut = self._axis(epoch), self._lanes()
+        full = self.counts[axis.shards] > 0
+        shards, stops = axis.shards[full], axis.ends[full]
+        starts = stops - self.counts[shards]
+        low, high = cut.part(starts), cut.part(stops - 1)
+        several = high > low
+
+        def window(place: Ints, lane: Ints) -> tuple[Ints, Ints]:
+            total = cut.length(lane)
+            windows = _Cut(total, -(-total // self.window))
+            part = windows.part(place - cut.start(lane))
+            begin = windows.start(part)
+            return begin, begin + windows.length(part) - 1
+
+        begin, _ = window(starts, low)
+        until = np.where(several, cut.start(low) + cut.length(low), stops) - 1
+        entries = [(shards, low, begin, window(until, low)[1])]
+        if several.any():
+            end = window((stops - 1)[several], high[several])[1]
+            entries.append((shards[several], high[several], np.zeros_like(end), end))
+        wide = high - low > 1
+        if wide.any():
+            whole = cut.length(low[wide] + 1)
+            entries.append((shards[wide], np.full(len(whole), -1), np.zeros_like(whole), whole - 1))
+        shard, lane, first, last = (np.concatenate(columns) for columns in zip(*entries, strict=True))
+        base = epoch * self.samples
+        middle = lane < 0  # from the first of all lanes to the last of them: a little too long, never too short
+        first = base + first * self.lanes + np.where(middle, 0, lane)
+        return shard, lane, first, base + last * self.lanes + np.where(middle, self.lanes - 1, lane)
 
     def _lanes(self) -> _Cut:
         return _Cut(np.asarray(self.samples), np.asarray(self.lanes))
@@ -192,6 +272,10 @@ class Sequential:
         place = _positions(positions) % self.samples
         shard = np.searchsorted(self._ends, place, side="right")
         return shard, place - (self._ends[shard] - self.counts[shard])
+
+    def pool(self, position: int) -> Sequential:
+        """What a substitute at this position is drawn from: all samples in the manifest's order."""
+        return self
 
 
 def _checked(counts: ArrayLike) -> Ints:

@@ -1,41 +1,43 @@
 """Encoded images of any positions, straight out of the tars, with damage replaced slot by slot.
 
-One `preadv` a sample at the manifest's offset, in file order, on a few threads: both the read and the checksum release
-the interpreter lock, so this costs a fraction of walking a tar member by member, and a damaged tar cannot take the rest
-of its shard with it. What is wrong in the data itself (bytes missing, flipped, not an image) is put into quarantine and
-replaced by the first healthy sample of a sequence that only (seed, position) decides, so that the stream is the same
-whether the damage was known before or not. What is wrong around it (a shard that is not there, an I/O error) stops the
-run at once: another sample in its place would be another stream on the next machine.
+A batch is sorted by place, neighbours in a shard are read in one `preadv` into memory that is used again, and each
+sample is a view of it; reads and checksums release the interpreter lock, so a few threads do. What is wrong in the
+data itself (bytes missing, flipped, not an image) is put into quarantine and replaced by the first healthy sample of a
+sequence that only (seed, position) decides, so that the stream is the same whether the damage was known before or not.
+A sample that was removed on request is replaced likewise, and is no damage. What is wrong around the data (a shard that
+is not there, storage that does not answer) stops the run: another sample would be another stream on the next machine.
 """
 
 from __future__ import annotations
 
-import io
-import os
 import threading
-import zlib
-from concurrent.futures import ThreadPoolExecutor, wait
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from PIL import Image
 
-from ..shards.errors import GristmillError
 from ..shards.manifest import Manifest, Rows
 from ..shards.quarantine import Quarantine
-from .order import Locator, Sequential
+from ..shards.retry import RetryPolicy
+from .checks import BLOCK, Damage, crc32, decodes, header_size, member_size
+from .crew import Crew
+from .fetch import DamageError, Fetcher, FetchStats, Opened
+from .library import Library
+from .order import Ints, Locator, Sequential
 from .philox import SUBSTITUTE, integers
+from .slabs import Slabs
+from .views import CacheConfig
 
-_OPEN_SHARDS = 128  # descriptors kept between batches; a process may commonly have 1,024
+__all__ = ["DamageError", "ReadResult", "Reader", "Sample", "decodes"]
+
 _CANDIDATES = 64  # tried at a time; with at most a few in a thousand damaged, the first one nearly always serves
-_ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)  # EXIF: turned by a quarter, so that width and height change places
-_BLOCK = 512  # of a tar
-
-
-class DamageError(GristmillError):
-    """More damage than a run may read past, or a shard that is missing, unreadable or another one than indexed."""
+_TOGETHER = 2048  # positions
+_KNOWN, _REMOVED = object(), object()  # problems that need no entry in the quarantine
+_PATIENCE = 3.0  # seconds that closing waits for a read that hangs
 
 
 @dataclass
@@ -56,7 +58,8 @@ class ReadResult:
     keys: list[str]
     ids: np.ndarray  # int64 [B, 2]: shard, row
     sizes: np.ndarray  # int32 [B, 2]: width, height in pixels, upright
-    substituted: np.ndarray  # bool [B]
+    substituted: np.ndarray  # bool [B]: stands in for another one, damaged or removed
+    removed: np.ndarray  # bool [B]: for a removed one
 
     def put(self, slot: int, sample: Sample) -> None:
         """Let a substitute take this slot."""
@@ -64,84 +67,95 @@ class ReadResult:
         self.ids[slot], self.sizes[slot], self.substituted[slot] = sample.place, sample.size, True
 
 
-class _Damage(Exception):
-    """What is wrong with one sample. Never leaves this module: it becomes a line in the quarantine."""
+class _Found:
+    """What became of n slots. A slot has either data or a problem: a text, or a mark from above."""
+
+    def __init__(self, slots: int) -> None:
+        self.data: list[Any] = [None] * slots
+        self.keys: list[str] = [""] * slots
+        self.sizes: list[tuple[int, int]] = [(0, 0)] * slots
+        self.problems: list[Any] = [None] * slots
+
+
+class _Plan:
+    """What one thread reads of a batch: runs of neighbours, each read in one go, and the samples in them.
+
+    Plain lists of tuples, for at ten microseconds a sample an object for each would be felt.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0  # bytes of the slab
+        self.runs: list[tuple[Opened, int, int, int]] = []  # shard, offset in it, place in the slab, bytes
+        self.pieces: list[tuple[int, int, int, int, int, int, Rows]] = []  # slot, row, run, offset, place, length, rows
 
 
 class Reader:
     """Reads samples by position. `read` and `replace` may be called from several threads; `close` it when done.
 
-    `order` says which sample a position reads, `seed` which one stands in for it. `damage_bound` is the share of the
-    data set that may be in quarantine (always at least one sample) before DamageError stops the run.
+    `order` says which sample a position reads, over the shards of `manifest` (or of several, one after the other),
+    `seed` which one stands in for it. `damage_bound` is the share of the data that may be in quarantine (always at least
+    one sample) before DamageError stops the run. Shards behind urls go through `cache`, if there is one.
     """
 
     def __init__(
         self,
-        manifest: Manifest,
+        manifest: Manifest | Sequence[Manifest],
         quarantine: Quarantine,
         *,
         order: Locator,
         seed: int,
         threads: int = 2,
         damage_bound: float = 0.001,
+        cache: CacheConfig | None = None,
+        policy: RetryPolicy | None = None,
+        lanes: Ints | None = None,
     ) -> None:
-        self.manifest, self.quarantine, self.order, self.seed = manifest, quarantine, order, seed
-        self.damage_limit = max(1, int(damage_bound * manifest.samples))
-        self.busy: dict[int, str] = {}  # thread -> the shard that it is reading, for whoever asks why it takes so long
-        self._all = Sequential(manifest.counts)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="gristmill-read")
-        self._threads = threads
-        self._files: dict[int, int] = {}  # descriptors of open shards
+        self.library, self.quarantine, self.order, self.seed = Library(manifest), quarantine, order, seed
+        self.damage_limit = max(1, int(damage_bound * self.library.samples))
+        self._fetcher = Fetcher(self.library, order, cache=cache, policy=policy, lanes=lanes)
+        self._all = Sequential(self.library.counts)
+        self._crew, self._slabs = Crew(threads, "gristmill-read"), Slabs()
+        self._bad: dict[int, set[int]] = {}  # rows in quarantine by shard
+        self._bad_known = 0
+        self._numbers: dict[str, int] | None = None
+        self._located: tuple[int, Ints, Ints] = (0, np.zeros(0, np.int64), np.zeros(0, np.int64))
         self._lock = threading.RLock()
         self._check_bound()
+
+    @property
+    def stats(self) -> FetchStats:
+        return self._fetcher.stats
 
     def read(self, positions: ArrayLike, decode_check: bool = False) -> ReadResult:
         """Samples of positions int64 [B]. `decode_check` decodes each image as well, and counts failure as damage.
 
-        DamageError when a shard cannot be opened or read, was replaced, or too much of the data is damaged.
+        DamageError when a shard cannot be opened or read, was replaced, or too much of the data is damaged; StorageError
+        when a server did not give it within the deadline.
         """
         positions = np.asarray(positions, np.int64)
-        shards, rows = self.order.locate(positions)
-        in_file_order = np.lexsort((rows, shards))
-        groups = [
-            (shard, list(slots)) for shard, slots in groupby(in_file_order.tolist(), key=lambda i: int(shards[i]))
-        ]
         with self._lock:
-            found: list[Sample | str | None] = [None] * len(positions)
-
-            def work(part: int) -> None:
-                for shard, slots in groups[part :: self._threads]:
-                    self.busy[part] = self.manifest.urls[shard]
-                    try:
-                        for slot in slots:
-                            found[slot] = self._take(shard, int(rows[slot]), decode_check)
-                    finally:
-                        del self.busy[part]
-                    if len(self._files) > _OPEN_SHARDS and (handle := self._files.pop(shard, None)) is not None:
-                        os.close(handle)
-
-            jobs = [self._pool.submit(work, part) for part in range(min(self._threads, len(groups)))]
-            wait(jobs)
-            for job in jobs:
-                job.result()
-            if len(self._files) >= _OPEN_SHARDS:
-                self._forget(set(self._files) - {shard for shard, _ in groups})
-            substituted = np.zeros(len(positions), bool)
-            samples: list[Sample] = []
+            shards, rows = self._locate(positions)
+            found = _Found(len(positions))
+            removed = self._removed(shards, rows)
+            if removed.any():
+                for slot in np.flatnonzero(removed).tolist():
+                    found.problems[slot] = _REMOVED
+            self._gather(shards, rows, found, decode_check)
+            self._ask_again(shards, rows, found, decode_check)
+            ids = np.stack([shards, rows], axis=1)
+            result = ReadResult(
+                found.data, found.keys, ids, np.array(found.sizes, np.int32).reshape(-1, 2),
+                np.zeros(len(positions), bool), removed,
+            )  # fmt: skip
             # Damage is booked in slot order, not in the order in which the threads met it.
-            for slot, sample in enumerate(found):
-                if not isinstance(sample, Sample):
-                    if sample is not None:
-                        self._condemn(int(shards[slot]), int(rows[slot]), sample)
-                    sample, substituted[slot] = self._substitute(int(positions[slot]), decode_check), True
-                samples.append(sample)
-        return ReadResult(
-            data=[sample.data for sample in samples],
-            keys=[sample.key for sample in samples],
-            ids=np.array([sample.place for sample in samples], np.int64).reshape(-1, 2),
-            sizes=np.array([sample.size for sample in samples], np.int32).reshape(-1, 2),
-            substituted=substituted,
-        )
+            for slot, problem in enumerate(found.problems):
+                if problem is not None:
+                    if isinstance(problem, str):
+                        self._condemn(int(shards[slot]), int(rows[slot]), problem)
+                    result.put(slot, self._substitute(int(positions[slot]), decode_check))
+            if len(positions):
+                self._fetcher.settle(int(positions[-1]) + 1, len(positions))
+        return result
 
     def replace(self, position: int, bad: tuple[int, int], reason: str) -> Sample:
         """The substitute at this position, now that its sample `bad` (shard, row) proved damaged in decoding."""
@@ -149,130 +163,218 @@ class Reader:
             self._condemn(int(bad[0]), int(bad[1]), reason)
             return self._substitute(position, decode_check=False)
 
+    def doing(self) -> list[tuple[str, str, float]]:
+        """What the threads are at: (stage "read", "cache" or "storage", shard, since when by the monotonic clock)."""
+        return [(stage, self.library.name(shard), since) for stage, shard, since in list(self._fetcher.busy.values())]
+
     def close(self) -> None:
-        """Stop the threads and close the shards."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        with self._lock:
-            self._forget(set(self._files))
+        """Stop the threads and close the shards. A thread that hangs in the storage is left behind with its shard."""
+        self._fetcher.halt()
+        self._crew.close(_PATIENCE)
+        self._fetcher.close(_PATIENCE)
 
-    def _take(self, shard: int, row: int, decode_check: bool) -> Sample | str | None:
-        """The sample, or what is wrong with it, or None if that is already known."""
-        if (self.manifest.urls[shard], row) in self.quarantine:
-            return None
-        rows = self.manifest.rows(shard)
+    def _locate(self, positions: Ints) -> tuple[Ints, Ints]:
+        """The order's answer; of small batches in a row, many are asked for together, which costs a tenth."""
+        n = len(positions)
+        if not n or n >= _TOGETHER or (np.diff(positions) != 1).any():
+            return self.order.locate(positions)
+        first, shards, rows = self._located
+        at = int(positions[0]) - first
+        if not 0 <= at <= len(shards) - n:
+            first, at = int(positions[0]), 0
+            shards, rows = self.order.locate(np.arange(first, first + _TOGETHER))
+            self._located = first, shards, rows
+        return shards[at : at + n].copy(), rows[at : at + n].copy()
+
+    def _gather(self, shards: Ints, rows: Ints, found: _Found, decode_check: bool, only: Sequence[int] = ()) -> None:
+        """Read the slots (or `only` some of them) that have no problem yet, on all threads."""
+        self._learn_quarantine()
+        if len(shards) == 1:
+            groups, slots, sorted_rows = [(int(shards[0]), 0, 1)], [0], [int(rows[0])]
+        else:
+            chosen = np.asarray(only, np.int64) if len(only) else np.arange(len(shards))
+            by_place = chosen[np.lexsort((rows[chosen], shards[chosen]))]
+            slots, sorted_rows, of = by_place.tolist(), rows[by_place].tolist(), shards[by_place]
+            starts = [0, *(np.flatnonzero(np.diff(of)) + 1).tolist()] if len(of) else []
+            groups = list(zip(of[starts].tolist(), starts, [*starts[1:], len(of)], strict=True))
+        threads = min(self._crew.size, len(groups))
+        work = partial(self._work, slots=slots, rows=sorted_rows, found=found, decode_check=decode_check)
+        begin, waited = time.perf_counter(), [0.0] * threads
+        self._crew.run([partial(work, groups[part::threads], waited=waited, part=part) for part in range(threads)])
+        self.stats.seconds += min(max(waited, default=0.0), time.perf_counter() - begin)
+
+    def _work(
+        self,
+        groups: list[tuple[int, int, int]],
+        *,
+        slots: list[int],
+        rows: list[int],
+        found: _Found,
+        decode_check: bool,
+        waited: list[float],
+        part: int,
+    ) -> None:
+        """One thread's share of a batch: plan the runs, read them, check and hand out their samples."""
+        fetcher = self._fetcher
+        most = max(1, fetcher.most_open // 2)
         try:
-            data = self._bytes(shard, row, rows)
-            size = (int(rows.width[row]), int(rows.height[row])) if rows.deep else _header_size(data)
-        except _Damage as damage:
-            return str(damage)
-        if decode_check and not decodes(data):
-            return "does not decode"
-        return Sample(data, rows.keys[row], (shard, row), size)
+            for first in range(0, len(groups), most):
+                lot, plan = groups[first : first + most], _Plan()
+                for shard, a, b in lot:
+                    fetcher.begin(shard)
+                    self._plan(shard, slots[a:b], rows[a:b], found, plan)
+                slab = self._slabs.take(plan.size)
+                view = slab.data
+                begin = time.perf_counter()
+                got = self._read(plan, view)
+                waited[part] += time.perf_counter() - begin
+                self._hand_out(plan, got, slab, view, found, decode_check)
+                if fetcher.crowded():
+                    fetcher.thin([shard for shard, _, _ in lot])
+        finally:
+            fetcher.busy.pop(threading.get_ident(), None)
 
-    def _bytes(self, shard: int, row: int, rows: Rows) -> np.ndarray:
-        offset, length = int(rows.offset[row]), int(rows.length[row])
-        # Without a checksum the tar's own header, just before the data, tells whether this still is the same member.
-        ahead = 0 if rows.deep else min(_BLOCK, offset)
-        whole = np.empty(ahead + length, np.uint8)
-        done = 0
-        try:
-            handle = self._handle(shard)
-            while done < len(whole):
-                got = os.preadv(handle, [whole.data[done:]], offset - ahead + done)
-                if not got:
-                    break
-                done += got
-        except OSError as error:
-            raise self._shard_error(shard, f"cannot be read ({error.strerror})") from error
-        if done < len(whole):
-            raise _Damage(f"truncated: {max(0, done - ahead)} of {length} bytes at offset {offset}")
-        data = whole[ahead:]
-        if rows.deep:
-            crc = zlib.crc32(data.data)
-            if crc != int(rows.crc32[row]):
-                raise _Damage(f"checksum {crc:08x} instead of {int(rows.crc32[row]):08x} at offset {offset}")
-        elif ahead == _BLOCK and _member_size(whole[:_BLOCK]) != length:
-            raise _Damage(f"no tar member of {length} bytes at offset {offset}")
-        return data
+    def _plan(self, shard: int, slots: list[int], rows: list[int], found: _Found, plan: _Plan) -> None:
+        """Add the samples of one shard; rows ascend."""
+        table, bad, problems = self.library.rows(shard), self._bad.get(shard, ()), found.problems
+        deep, offsets, lengths, widths = table.deep, table.offset, table.length, table.width
+        opened: Opened | None = None
+        gap = begin = end = 0  # of the run that is being put together, in the shard
+        base, number, pieces = plan.size, len(plan.runs), plan.pieces
+        for slot, row in zip(slots, rows, strict=True):
+            if problems[slot] is not None:
+                continue
+            if row in bad:
+                problems[slot] = _KNOWN
+                continue
+            start, length = offsets.item(row), lengths.item(row)
+            if deep:
+                from_ = start
+                if not widths.item(row):
+                    problems[slot] = "did not decode when it was indexed"
+                    continue
+            else:
+                # Without a checksum the tar's own header, just before the data, tells whether this still is the same.
+                from_ = max(0, start - BLOCK)
+            if opened is None:
+                opened = self._fetcher.open(shard)
+                gap, begin, end = opened.gap, from_, from_
+            elif not begin <= from_ <= end + gap:
+                plan.runs.append((opened, begin, base, end - begin))
+                base, number, begin, end = base + end - begin, number + 1, from_, from_
+            end = max(end, start + length)
+            pieces.append((slot, row, number, start, base + start - begin, length, table))
+        if opened is not None:
+            plan.runs.append((opened, begin, base, end - begin))
+            plan.size = base + end - begin
 
-    def _handle(self, shard: int) -> int:
-        """A shard's descriptor. Within a batch only one thread deals with a shard, so none opens it twice."""
-        if shard not in self._files:
-            handle = os.open(self.manifest.path(shard), os.O_RDONLY | os.O_CLOEXEC)
-            self._files[shard] = handle
-            size, indexed = os.fstat(handle).st_size, int(self.manifest.shard_bytes[shard])
-            # A shorter shard was truncated: what is left of it is good. A longer one is another shard.
-            if size > indexed:
-                raise self._shard_error(shard, f"was replaced: it has {size} bytes instead of {indexed}")
-        return self._files[shard]
+    def _read(self, plan: _Plan, view: memoryview) -> list[int]:
+        """Fill the slab; where the bytes of each run end in it."""
+        fetcher, me, ends = self._fetcher, threading.get_ident(), []
+        shard, remote = -1, []
+        for opened, offset, base, size in plan.runs:
+            ends.append(base)
+            if opened.handle is None:
+                remote.append((len(ends) - 1, (opened, offset, view[base : base + size])))
+                continue
+            if opened.shard != shard:
+                shard = opened.shard
+                fetcher.busy[me] = ("read", shard, time.monotonic())
+            ends[-1] += fetcher.read_local(opened, offset, view[base : base + size])
+        if remote:
+            got = fetcher.read_remote([wanted for _, wanted in remote])
+            for (number, _), size in zip(remote, got, strict=True):
+                ends[number] += size
+        return ends
 
-    def _forget(self, shards: set[int]) -> None:
-        """Close these shards. No thread may be reading."""
-        for shard in shards:
-            os.close(self._files.pop(shard))
+    def _hand_out(
+        self, plan: _Plan, ends: list[int], slab: np.ndarray, view: memoryview, found: _Found, decode_check: bool
+    ) -> None:
+        """Check the samples and put them into their slots."""
+        problems, sizes, data, keys = found.problems, found.sizes, found.data, found.keys
+        for slot, row, run, offset, at, length, table in plan.pieces:
+            stop = at + length
+            if stop > ends[run]:
+                problems[slot] = f"truncated: {max(0, ends[run] - at)} of {length} bytes at offset {offset}"
+            elif table.deep:
+                crc = crc32(view[at:stop])
+                if crc != table.crc32.item(row):
+                    expected = table.crc32.item(row)
+                    problems[slot] = f"checksum {crc:08x} instead of {expected:08x} at offset {offset}"
+                sizes[slot] = (table.width.item(row), table.height.item(row))
+            elif offset >= BLOCK and member_size(view[at - BLOCK : at]) != length:
+                problems[slot] = f"no tar member of {length} bytes at offset {offset}"
+            else:
+                try:
+                    sizes[slot] = header_size(slab[at:stop])
+                except Damage as damage:
+                    problems[slot] = str(damage)
+            if problems[slot] is None:
+                data[slot], keys[slot] = slab[at:stop], table.keys[row]
+                if decode_check and not decodes(data[slot]):
+                    problems[slot] = "does not decode"
+
+    def _ask_again(self, shards: Ints, rows: Ints, found: _Found, decode_check: bool) -> None:
+        """What came wrong over a network, or out of the cache, may come right when it is fetched once more."""
+        wrong = [slot for slot, problem in enumerate(found.problems) if isinstance(problem, str)]
+        again = {shard: self._fetcher.mistrust(shard) for shard in {int(shards[slot]) for slot in wrong}}
+        wrong = [slot for slot in wrong if again[int(shards[slot])]]
+        if wrong:
+            for slot in wrong:
+                found.problems[slot] = None
+            self._gather(shards, rows, found, decode_check, wrong)
+            self.stats.refetched += sum(found.problems[slot] is None for slot in wrong)
+
+    def _removed(self, shards: Ints, rows: Ints) -> np.ndarray:
+        """Which samples nobody may read any more: bool [n]."""
+        removed = getattr(self.order, "removed", None)
+        return np.zeros(len(shards), bool) if removed is None else removed(shards, rows)
 
     def _substitute(self, position: int, decode_check: bool) -> Sample:
         """First healthy sample of the position's own sequence. What turns out damaged on the way is booked too."""
+        pool_of = getattr(self.order, "pool", None)
+        pool = self._all if pool_of is None else pool_of(position)
         tried = 0
         while tried <= 16 * self.damage_limit + 1024:
-            draws = integers(self.seed, [position], SUBSTITUTE, tried + _CANDIDATES, self._all.samples)[0, tried:]
-            for shard, row in zip(*self._all.locate(draws), strict=True):
-                sample = self._take(int(shard), int(row), decode_check)
-                if isinstance(sample, Sample):
-                    return sample
-                if sample is not None:
-                    self._condemn(int(shard), int(row), sample)
+            draws = integers(self.seed, [position], SUBSTITUTE, tried + _CANDIDATES, pool.samples)[0, tried:]
+            shards, rows = pool.locate(draws)
+            removed = self._removed(shards, rows)
+            for i in np.flatnonzero(~removed).tolist():
+                one, found = slice(i, i + 1), _Found(1)
+                self._gather(shards[one], rows[one], found, decode_check)
+                self._ask_again(shards[one], rows[one], found, decode_check)
+                place = (int(shards[i]), int(rows[i]))
+                if found.problems[0] is None:
+                    return Sample(found.data[0], found.keys[0], place, found.sizes[0])
+                if isinstance(found.problems[0], str):
+                    self._condemn(*place, found.problems[0])
             tried += _CANDIDATES
         raise self._too_much()
 
     def _condemn(self, shard: int, row: int, reason: str) -> None:
-        self.quarantine.add(self.manifest.urls[shard], row, self.manifest.rows(shard).keys[row], reason)
+        self.quarantine.add(self.library.name(shard), row, self.library.rows(shard).keys[row], reason)
         self._check_bound()
+
+    def _learn_quarantine(self) -> None:
+        """Sort new entries of the quarantine by shard; those of other data sets are not ours."""
+        if self.quarantine.count == self._bad_known:
+            return
+        if self._numbers is None:
+            self._numbers = {self.library.name(shard): shard for shard in range(len(self.library))}
+        for entry in self.quarantine:
+            if (shard := self._numbers.get(entry.shard)) is not None:
+                self._bad.setdefault(shard, set()).add(entry.row)
+        self._bad_known = self.quarantine.count
 
     def _check_bound(self) -> None:
         if self.quarantine.count > self.damage_limit:
             raise self._too_much()
 
     def _too_much(self) -> DamageError:
-        first = next(iter(self.quarantine))
+        first, title = next(iter(self.quarantine), None), self.library.title
+        about = "" if first is None else f"; the first is {first.key} in {first.shard} ({first.reason})"
         return DamageError(
-            f"{self.quarantine.count} of {self.manifest.samples} samples in {self.manifest.root} are damaged, more than "
-            f"the {self.damage_limit} allowed; the first is {first.key} in {first.shard} ({first.reason}). Run "
-            f"`gristmill verify {self.manifest.root}`, restore these shards or ingest again, or raise damage_bound"
+            f"{self.quarantine.count} of {self.library.samples} samples in {title} are damaged, more than "
+            f"the {self.damage_limit} allowed{about}. Run "
+            f"`gristmill verify {title}`, restore these shards or ingest again, or raise damage_bound"
         )
-
-    def _shard_error(self, shard: int, problem: str) -> DamageError:
-        return DamageError(
-            f"shard {self.manifest.urls[shard]} {problem}: {self.manifest.path(shard)}. Restore it or ingest again, then "
-            f"resume; `gristmill verify {self.manifest.root}` checks the whole data set"
-        )
-
-
-def _member_size(header: np.ndarray) -> int:
-    """Size of the member that a tar header block announces, or -1 where there is no header."""
-    field = header[124:136].tobytes()
-    if field[0] & 0x80:  # GNU: base 256, for members of 8 GiB and more
-        return int.from_bytes(field[1:], "big")
-    digits = field.strip(b" \0")
-    return int(digits, 8) if digits and not digits.strip(b"01234567") else -1
-
-
-def _header_size(data: np.ndarray) -> tuple[int, int]:
-    """Upright width and height from an image's header, without decoding it."""
-    try:
-        with Image.open(io.BytesIO(data.data)) as image:
-            width, height = image.size
-            sideways = image.getexif().get(_ORIENTATION) in _SIDEWAYS
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise _Damage(f"no image header: {error}") from error
-    return (height, width) if sideways else (width, height)
-
-
-def decodes(data: np.ndarray) -> bool:
-    """Whether Pillow decodes these encoded bytes, uint8 [n]."""
-    try:
-        with Image.open(io.BytesIO(data.data)) as image:
-            image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return False
-    return True

@@ -9,6 +9,7 @@ al. 2022), "moco" is MoCo v2's (Chen et al. 2020). Carrying out the recipe is fo
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -115,8 +116,21 @@ class View(BaseModel):
         return self.augment.blur_sigma[0] * share, self.augment.blur_sigma[1] * share
 
 
+class CacheConfig(BaseModel):
+    """A cache of whole shards on a local disk, shared by the ranks of a node. Only shards behind urls go there."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    folder: Path
+    bytes: int = Field(gt=0)  # never exceeded; must hold the working set (`gristmill order --cache`)
+    threads: int = Field(default=2, ge=1)  # that fetch ahead
+
+
 class StreamConfig(BaseModel):
-    """How the data is walked and fed. Only `lanes` and `window` (and the seed) decide what is seen, and when."""
+    """How the data is walked and fed. Only `lanes` and `window` (and the seed) decide what is seen, and when.
+
+    Besides, what a living data set needs to be told: when new shards are taken up, from where on new weights hold.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -127,3 +141,8 @@ class StreamConfig(BaseModel):
     prefetch: int = Field(default=2, ge=1)  # batches that wait ready
     damage_bound: float = Field(default=0.001, ge=0, le=1)  # share of the data that may be damaged before the run stops
     dali_threads: int = Field(default=1, ge=1)
+    stall: float = Field(default=600.0, gt=0)  # seconds without a batch after which the run stops and says why
+    deadline: float = Field(default=300.0, gt=0)  # seconds over all tries of one read from a server
+    cache: CacheConfig | None = None
+    take_up: Literal["epoch", "never"] | int = "epoch"  # new shards: at the next epoch, never, or at this position
+    mixture_from: int | None = Field(default=None, ge=0)  # position from which weights hold that were changed

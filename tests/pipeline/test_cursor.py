@@ -125,3 +125,47 @@ def test_a_missing_field_is_named():
 def test_a_stream_does_not_go_back():
     with pytest.raises(CursorError, match="forward"):
         START.advance(-1, committed=True)
+
+
+LIVING = replace(START, where="a+b", grown=((0, 0, 5), (0, 1, 7), (900, 0, 6)), removed=((3, "ab"), (0, "")))
+
+
+def test_what_a_living_data_set_adds_comes_back():
+    assert Cursor.from_json(LIVING.to_json()) == LIVING
+    LIVING.check(START.data, START.seed, START.lanes, START.window, where="a+b")
+    with pytest.raises(CursorError, match=r"^where: .*To resume, "):
+        LIVING.check(START.data, START.seed, START.lanes, START.window)
+
+
+def test_a_plain_cursor_is_written_as_it_always_was():
+    assert START.to_json() == (
+        '{"data":"aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa","seed":7,"lanes":64,"window":65536,"position":0,"trained":0,'
+        '"skipped":[],"mixture":[],"quarantine":[0,""],"version":1}'
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"where": 3}, "where"),
+        ({"grown": [[0, 0]]}, "grown"),
+        ({"grown": [[5, 0, 3]]}, "grown"),  # from nowhere
+        ({"grown": [[0, 0, 5], [7, 0, 5]]}, "grown"),  # by nothing
+        ({"grown": [[0, 0, 5], [9, 0, 6], [8, 0, 7]]}, "grown"),
+        ({"removed": [[1]]}, "removed"),
+        ({"removed": [[-1, ""]]}, "removed"),
+    ],
+)
+def test_a_spoiled_living_cursor_is_refused_by_name(change, field):
+    with pytest.raises(CursorError, match=f"^{field}:"):
+        Cursor.from_json(json.dumps(json.loads(LIVING.to_json()) | change))
+
+
+def test_a_change_must_leave_room_for_what_may_be_skipped():
+    grown = tuple((1000 * i, 0, i + 1) for i in range(99))
+    cursor = replace(START, grown=grown[:9]).fitting("grown")  # more than a plain data set will see
+    with pytest.raises(CursorError, match=r"^grown: the cursor has no room"):
+        replace(START, grown=grown).fitting("grown")
+    for _ in range(MAX_SKIPPED):
+        cursor = cursor.advance(3 * 10**10, committed=False).advance(3 * 10**10, committed=True)
+    assert len(cursor.to_json()) < 1024

@@ -135,7 +135,7 @@ def test_bytes_keys_ids_and_sizes(tmp_path, quarantine, deep):
 
 
 def test_many_shards_do_not_exhaust_descriptors(tmp_path, quarantine, monkeypatch):
-    monkeypatch.setattr("gristmill.pipeline.reader._OPEN_SHARDS", 2)
+    monkeypatch.setattr("gristmill.pipeline.fetch._OPEN", 2)
     manifest = write_shards(tmp_path / "data")
     reader = make_reader(manifest, quarantine, threads=2)
     for _ in range(3):
@@ -195,7 +195,7 @@ def test_damage_costs_its_own_slot_and_is_remembered(tmp_path, quarantine, fault
     assert all(entry.key == f"{int(entry.shard[:6]):02d}-{entry.row}" and entry.reason for entry in kept)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=8, deadline=None)
 @given(known=st.sets(st.integers(0, 7)), cuts=st.lists(st.integers(1, N - 1), max_size=4), threads=st.integers(1, 3))
 def test_substitutes_do_not_depend_on_what_was_known(tmp_path_factory, known, cuts, threads):
     """Any part of the damage known before, any batches, any threads: the same samples in the same slots."""
@@ -300,12 +300,15 @@ def test_a_replaced_shard_is_never_taken_for_the_old_one(tmp_path, quarantine, d
     """Longer: refused at sight. As long or shorter: each sample that is not the old one counts as damage."""
     manifest = write_shards(tmp_path / "data", deep)
     other = write_shards(tmp_path / "other", images=[jpeg(100 + i) * (1 + (i == 9) * 20) for i in range(N)])
+    first = manifest.path(1).read_bytes()
     os.replace(other.path(1), manifest.path(1))
     os.replace(other.path(2), manifest.path(2))
     os.truncate(manifest.path(2), min(int(manifest.shard_bytes[2]), manifest.path(2).stat().st_size))
     reader = make_reader(manifest, quarantine)
-    with pytest.raises(DamageError, match=r"000001\.tar was replaced"):
-        reader.read(np.arange(8, 16))
+    for _ in range(2):  # the second time too
+        with pytest.raises(DamageError, match=r"000001\.tar was replaced"):
+            reader.read(np.arange(8, 16))
+    manifest.path(1).write_bytes(first)
     got = reader.read(np.arange(16, 24))
     for slot in range(8):
         shard, row = got.ids[slot].tolist()
@@ -357,7 +360,7 @@ def test_close_leaves_no_thread_and_no_descriptor(tmp_path, quarantine):
     reader = make_reader(manifest, quarantine, threads=4)
     reader.read(np.arange(N))
     assert ours()
-    assert not reader.busy
+    assert not reader.doing()
     assert len(open_shards(tmp_path)) == SHARDS
     reader.close()
     assert not ours()

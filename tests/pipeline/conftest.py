@@ -1,0 +1,23 @@
+"""Fixtures that the tests of reader, loader and what is built on them share."""
+
+import pytest
+from gristmill.shards.quarantine import Quarantine
+
+from .pictures import ours, write_data
+
+
+@pytest.fixture(autouse=True)
+def _no_leaked_threads():
+    assert not ours()
+    yield
+    assert not ours()
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    return write_data(tmp_path / "data")
+
+
+@pytest.fixture
+def quarantine(tmp_path):
+    return Quarantine(tmp_path / "run" / "quarantine.jsonl")
