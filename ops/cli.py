@@ -1,7 +1,8 @@
 """The one entry point: `gristmill COMMAND`. It answers at once: a command's own imports happen when it runs.
 
 Exit codes: 0 all went well; 1 the thing that was checked is not in order; 2 a user can mend it (the message says how);
-75 stopped by SIGTERM with a checkpoint written, start the same command again; 130 the same after Ctrl-C.
+75 stopped by SIGTERM with a checkpoint written, start the same command again; 130 the same after Ctrl-C; 76 a rank was
+lost or stands still, start the same command again. torchrun itself always ends with 1 when a rank did not end with 0.
 """
 
 from __future__ import annotations
@@ -11,17 +12,18 @@ import errno
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
 FOLDER = click.Path(path_type=Path)
 
 
-def refuse(ctx: click.Context, message: str) -> None:
-    """Print an error that a user can mend, and leave with exit code 2."""
+def refuse(ctx: click.Context, message: str, code: int = 2) -> None:
+    """Print an error that a user can mend, and leave with exit code 2, or what the error brings as its `code`."""
     click.secho("error: ", fg="red", bold=True, err=True, nl=False)
     click.echo(message, err=True)
-    ctx.exit(2)
+    ctx.exit(code)
 
 
 class Commands(click.Group):
@@ -52,7 +54,7 @@ class Commands(click.Group):
 
             if not isinstance(error, GristmillError):
                 raise
-            refuse(ctx, str(error))
+            refuse(ctx, str(error), getattr(error, "code", 2))
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write(
@@ -157,24 +159,92 @@ def verify(folder: Path, deep: bool, as_json: bool) -> None:
 
 @main.command(
     epilog=example(
-        "gristmill order shards/train --step 1000 --batch 256 --ranks 8", "gristmill order shards/train --prove"
+        "gristmill order shards/train --step 1000 --batch 256 --ranks 8",
+        "gristmill order shards/train --prove --quality",
+        "gristmill order crawl archive --weight 3 --weight 1 --where 'width >= 256' --json",
     )
 )
-@click.argument("folder", type=FOLDER)
+@click.argument("folders", type=FOLDER, nargs=-1, required=True, metavar="FOLDER...")
 @click.option("--step", type=click.IntRange(0), default=0, show_default=True, help="Which step to show.")
 @click.option("--batch", type=click.IntRange(1), default=64, show_default=True, help="Images a step, over all ranks.")
 @click.option("--ranks", type=click.IntRange(1), default=1, show_default=True, help="Processes that share the batch.")
+@click.option(
+    "--ranks-per-node", type=click.IntRange(1), help="Of these on a node, for its working set (default: all)."
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="The recipe's seed.")
-@click.option("--lanes", type=click.IntRange(1), default=64, show_default=True, help="The recipe's stream.lanes.")
-@click.option("--window", type=click.IntRange(1), default=65536, show_default=True, help="The recipe's stream.window.")
+@click.option("--lanes", type=click.IntRange(1), help="The recipe's stream.lanes (default: as suits the data).")
+@click.option("--window", type=click.IntRange(1), help="The recipe's stream.window (default: as suits the data).")
+@click.option(
+    "--where", default="", help="Only the samples for which this holds: 'width >= 256 and format == \"jpg\"'."
+)
+@click.option("--weight", "weights", type=click.FloatRange(0), multiple=True, help="One for each FOLDER, to mix them.")
 @click.option("--prove", is_flag=True, help="Walk one epoch and show that every image comes exactly once.")
-def order(folder: Path, step: int, batch: int, ranks: int, seed: int, lanes: int, window: int, prove: bool) -> None:
-    """Who sees what: the images of one step, rank by rank."""
-    from .look import show_order
+@click.option("--quality", is_flag=True, help="Measure the shuffling and the working set, beside the usual ways.")
+@click.option("--cache", type=click.IntRange(1), help="Bytes of a node's cache; exit 1 if the working set exceeds it.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def order(
+    folders: tuple[Path, ...], lanes: int | None, window: int | None, weights: tuple[float, ...], **options: Any
+) -> None:
+    """Who sees what: the images of one step, rank by rank; how well they are mixed, and proof of exactly-once."""
+    from .look import show_order, suggested
 
     sys.exit(
-        show_order(folder, step=step, batch=batch, ranks=ranks, seed=seed, lanes=lanes, window=window, prove=prove)
+        show_order(list(folders), weights=weights, **suggested(folders, lanes, window, options["cache"]), **options)
     )
+
+
+@main.command(
+    epilog=example(
+        "gristmill index crawl",
+        "gristmill index s3://bucket/{000..127}.tar --out manifest --deep",
+        "gristmill index a --idx",
+    )
+)
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+@click.option("--out", type=FOLDER, help="Folder for the manifest (default: SOURCE, if it is one folder).")
+@click.option("--deep", is_flag=True, help="Read every image: checksums, sizes, and whether it decodes.")
+@click.option("--idx", is_flag=True, help="Write an index for DALI's own webdataset reader too.")
+@click.option("--leave-out", is_flag=True, help="Go on without shards that cannot be indexed, and list them.")
+@click.option("--json", "as_json", is_flag=True, help="Print the counts as JSON.")
+def index(sources: tuple[str, ...], out: Path | None, deep: bool, idx: bool, leave_out: bool, as_json: bool) -> None:
+    """A manifest for WebDataset shards that others made; they stay where and as they are.
+
+    SOURCE is a folder, a .tar, a pattern, a URL (http, https, s3) or a text file with one of these a line.
+    """
+    from .index import run_index
+
+    sys.exit(run_index(sources, out, deep=deep, idx=idx, leave_out=leave_out, as_json=as_json))
+
+
+@main.command(
+    epilog=example(
+        "gristmill remove shards/train 000123 000456 --reason 'asked for by their owner'",
+        "gristmill remove shards/train --from keys.txt --reason 'ticket 17'",
+    )
+)
+@click.argument("folder", type=FOLDER)
+@click.argument("keys", nargs=-1, metavar="[KEY]...")
+@click.option("--from", "listed", type=click.File(), help="A text file with one key a line.")
+@click.option("--reason", required=True, help="Why; it is kept beside each.")
+@click.option("--json", "as_json", is_flag=True, help="Print the counts as JSON.")
+def remove(folder: Path, keys: tuple[str, ...], listed: Any, reason: str, as_json: bool) -> None:
+    """Remove samples for good: no run reads them from its next start on, and others take their slots.
+
+    The shards stay as they are. Keys that the data set does not have are an error, and then nothing is removed.
+    """
+    from ..shards.manifest import Manifest
+    from ..shards.tombstones import Tombstones
+
+    wanted = [*keys, *(line.strip() for line in listed or () if line.strip())]
+    if not wanted:
+        raise click.UsageError("name at least one key, or a file of keys with --from")
+    manifest = Manifest.open(folder)
+    tombstones = Tombstones.of(manifest)
+    new = tombstones.remove(manifest, wanted, reason)
+    if as_json:
+        click.echo(json.dumps({"removed": new, "total": tombstones.count}))
+    else:
+        click.echo(f"{folder}: {new} newly removed, {tombstones.count} of {manifest.samples} in all")
 
 
 @main.command(
@@ -214,6 +284,28 @@ def eval(run: Path, reference: Path | None, query: Path | None, as_json: bool) -
     sys.exit(evaluate_run(run, reference, query, as_json=as_json))
 
 
+@main.command(
+    epilog=example(
+        "gristmill replay runs/first",
+        "gristmill replay runs/first/captures/000000012288 --json",
+        "gristmill replay runs/first/captures/000000012288 --rank 3",
+    )
+)
+@click.argument("capture", type=FOLDER)
+@click.option("--rank", "ranks", type=click.IntRange(0), multiple=True, help="Only this rank's share (default: all).")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+def replay(capture: Path, ranks: tuple[int, ...], as_json: bool) -> None:
+    """Feed a bad step again that a run left out, and say what is not finite: rank, objective, sample, module, gradients.
+
+    CAPTURE is RUN/captures/POSITION, or RUN if it holds just one. It runs on the CPU, in one process, and changes
+    nothing. Exit 0 if what was wrong is wrong again, so that the cause is in the data, the weights or the recipe; 1 if
+    not, which points to the hardware or software of the rank that is named.
+    """
+    from .replay import show_replay
+
+    sys.exit(show_replay(capture, ranks, as_json=as_json))
+
+
 @main.command(epilog=example("gristmill report runs/first"))
 @click.argument("run", type=FOLDER)
 def report(run: Path) -> None:
@@ -232,3 +324,48 @@ def status(target: str, once: bool, as_json: bool) -> None:
     from .monitor.status import show_status
 
     sys.exit(show_status(target, once, as_json))
+
+
+@main.group()
+def bench() -> None:
+    """What each part costs on this machine, against its peer, as ratios in one run."""
+
+
+@bench.command("train", epilog=example("gristmill bench train", "gristmill bench train --only guard --only ema --json"))
+@click.option("--steps", type=click.IntRange(4), default=12, show_default=True, help="Steps of each run.")
+@click.option(
+    "--only",
+    type=click.Choice(["step", "guard", "ema", "teacher", "ranks"]),
+    multiple=True,
+    help="These parts (default: all).",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def bench_train(steps: int, only: tuple[str, ...], as_json: bool, overrides: tuple[str, ...]) -> None:
+    """Shares of a training step, the cost of verdict and guard, of the EMA with and without gather, one process and two."""
+    from .bench.train import bench_train as run
+
+    sys.exit(run(steps, as_json, only, overrides))
+
+
+@bench.command(
+    "stream", epilog=example("gristmill bench stream", "gristmill bench stream --images PHOTOS --only reader --json")
+)
+@click.option("--images", type=FOLDER, help="A folder of photographs, 10 to 100 kB each (default: drawn ones).")
+@click.option("--samples", type=click.IntRange(64), default=4000, show_default=True, help="Images to read with each.")
+@click.option(
+    "--only",
+    type=click.Choice(["reader", "resume", "scale"]),
+    multiple=True,
+    help="These parts (default: all).",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def bench_stream(images: Path | None, samples: int, only: tuple[str, ...], as_json: bool) -> None:
+    """The reader alone against webdataset and others, each with its own format; resuming; memory up to 1e9 samples."""
+    from .bench.stream import bench_stream as run
+
+    sys.exit(run(images, samples, as_json, only))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,10 @@
-"""The one seam to DeepSpeed: build, backward, step, skip; nothing else in Gristmill touches it.
+"""The one seam to DeepSpeed: build, backward, verdict's numbers, step, skip; nothing else in Gristmill touches it.
 
-The engine owns the optimizer step of every run. What it must not own is kept out of its hands: clipping is per
-parameter tensor (Mugs), a bad step is left out by clearing the gradients and never calling `step` (in fp32 without
-ZeRO, `step` would write NaN into the weights), and its checkpoint files are never read or written.
+The engine owns the optimizer step of every run, under ZeRO 0 to 3. What it must not own is kept out of its hands:
+clipping and trust ratios are per parameter tensor and go by the table of segments (under ZeRO the optimizer sees flat
+shards), a bad step is left out by clearing the gradients and never calling `step` (in fp32 without ZeRO, `step` would
+write NaN into the weights), a frozen last layer is a group that the optimizer leaves out, and its checkpoint files are
+never read or written: masters and moments go by (name, range).
 """
 
 from __future__ import annotations
@@ -14,65 +16,81 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checkpoint import Part, Saved
+from .deepspeed_config import deepspeed_config
 from .launch import quiet_deepspeed
-from .recipe import OptimizerConfig, Recipe
+from .optimizers import clip_scales, lars_scales, make_optimizer, parameter_groups
+from .recipe import Recipe
 from .schedule import cosine, warmup_cosine
+from .segments import Segments
+from .teacher import EmaTeacher
+from .zero import layout
 
-
-def parameter_groups(student: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Four groups as Mugs has them: patch embedding or not, weight decay or not (none for 1-D tensors and biases).
-
-    Each group carries `lr_scale` and `decays`; the class token, position embedding and weight_g do decay.
-    """
-    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
-    for name, parameter in student.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        patch = "patch_embed" in name
-        decays = parameter.ndim > 1 and not name.endswith(".bias")
-        group = groups.setdefault(
-            (patch, decays),
-            {"params": [], "lr_scale": config.patch_embed_scale if patch else 1.0, "decays": decays},
-        )
-        group["params"].append(parameter)
-    return list(groups.values())
+ZERO_3_FROM = 1_000_000_000  # parameters; below it `zero: auto` on several ranks is stage 1
 
 
 class Engine:
-    """A student under DeepSpeed, with an AdamW whose rates follow the position.
+    """A student under DeepSpeed with its EMA teacher, and an optimizer whose rates follow the position.
 
-    Attributes: `module` (the student), `rates` (what the last `set_rates` applied).
+    Attributes: `module` (the student), `teacher`, `segments`, `stage`, `rates` (what the last `set_rates` applied).
     """
 
-    def __init__(self, student: nn.Module, recipe: Recipe, world: int):
+    def __init__(self, student: nn.Module, teacher: nn.Module, recipe: Recipe, rank: int = 0, world: int = 1):
         deepspeed = quiet_deepspeed()
-        self.recipe = recipe
+        self.recipe, self.rank, self.world = recipe, rank, world
         config = recipe.optimizer
-        self.optimizer = torch.optim.AdamW(parameter_groups(student, config), lr=0.0, betas=config.betas, foreach=True)
+        self.stage = resolve_stage(recipe, student, world)
+        bf16 = recipe.precision == "bf16"
+        self._device = next(student.parameters()).device
+        initial = [p.detach().clone() for p in student.parameters() if p.requires_grad] if bf16 else None
+        if recipe.precision != "fp32":
+            _inside_autocast(student, self._device.type)
+            _inside_autocast(teacher, self._device.type)
+        buffers = {name: buffer.clone() for name, buffer in student.named_buffers()}
+        groups = parameter_groups(student, config)
+        self._named = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        self.optimizer = make_optimizer(groups, config, self._device.type)
+        settings = {
+            "stage": self.stage, "precision": recipe.precision, "world": world,
+            "micro_batch": recipe.batch // world // recipe.engine.accumulate, "accumulate": recipe.engine.accumulate,
+        }  # fmt: skip
         self._engine, *_ = deepspeed.initialize(
             model=student,
             optimizer=self.optimizer,
-            config={
-                "train_micro_batch_size_per_gpu": recipe.batch // world,
-                "gradient_accumulation_steps": 1,
-                "zero_optimization": {"stage": 0},
-                "zero_allow_untested_optimizer": True,
-                "steps_per_print": 2**31,
-            },
+            config=deepspeed_config(dict(recipe.engine.deepspeed), **settings),
             dist_init_required=False,
         )
         self.module: nn.Module = self._engine.module
-        self.rates: dict[str, float] = {}
+        for name, buffer in self.module.named_buffers():
+            if buffer.dtype != buffers[name].dtype:  # statistics in bf16 would stop moving
+                buffer.data = buffers[name].data.to(buffer.device)
+        self.layout = layout(self._engine, self.stage, bf16)
+        self.segments: Segments = self.layout.segments
+        if initial is not None:  # DeepSpeed's masters begin as what bf16 left of the weights
+            self._fill(dict(zip(self.segments.names, initial, strict=True)))
 
-    def __call__(self, views: list[Tensor], context: dict[str, Tensor]) -> dict[str, Tensor]:
-        with self.autocast():
-            return self._engine(views, context)
+        def scattered(module: nn.Module) -> Any:
+            own = deepspeed_config({"zero_optimization": {"stage3_param_persistence_threshold": 0}}, **settings)
+            # No optimizer: DeepSpeed only hooks the forward.
+            return deepspeed.initialize(model=module, config=own, dist_init_required=False)[0]
+
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        self.teacher = EmaTeacher(teacher, self.layout, self.stage, dtype, scattered if self.stage == 3 else None)
+        self.optimizer.transform = self._transform
+        self.rates: dict[str, float] = {}
+        self._clip: Tensor | None = None  # [P] factors of this step's gradients
+        self._trust: Tensor | None = None
+
+    def __call__(self, views: list[Tensor], context: dict[str, Tensor], last: bool = True) -> dict[str, Tensor]:
+        """Forward of one micro-batch; `last`: gradients are reduced over the ranks in its backward."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        return self._engine(views, context)
 
     def autocast(self) -> AbstractContextManager:
-        """bf16 autocast where the recipe asks for it; weights, moments and losses stay fp32."""
+        """bf16 autocast where the recipe asks for it, for forwards that go past the engine (probes)."""
         if self.recipe.precision == "fp32":
             return nullcontext()
-        return torch.autocast(next(self.module.parameters()).device.type, dtype=torch.bfloat16)
+        return torch.autocast(self._device.type, dtype=torch.bfloat16)
 
     def set_rates(self, progress: float, step: float) -> dict[str, float]:
         """Apply the schedules at `progress` (0..1 of the run); `step` is one batch's share of it."""
@@ -82,61 +100,157 @@ class Engine:
         decay = cosine(*config.weight_decay, progress)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-            group["weight_decay"] = decay if group["decays"] else 0.0
+            # LARS takes the decay into its trust ratio, so that the momentum below must not see it again.
+            group["weight_decay"] = decay if group["decays"] and config.name != "lars" else 0.0
+            # No step and no moments, as the official code has it by dropping the gradient.
+            group["held"] = group["last_layer"] and progress < config.freeze_last_layer
         self.rates = {"lr": lr, "weight_decay": decay}
         return self.rates
 
     def backward(self, loss: Tensor) -> None:
+        """Of one micro-batch's mean loss; DeepSpeed divides by their number."""
         self._engine.backward(loss)
 
-    def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, gradient) of every parameter that has one, averaged over the ranks."""
-        for name, parameter in self.module.named_parameters():
-            if parameter.grad is not None:
-                yield name, parameter.grad
+    def squares(self) -> Tensor:
+        """[P] sum of squares of each parameter's gradient, float64; partial on this rank unless `segments.replicated`."""
+        return self.segments.squares(self.layout.gradients())
 
-    def clip(self, norms: Tensor) -> None:
-        """Scale each gradient tensor to at most `clip` (coefficient clip / (norm + 1e-6), as the official code).
+    def step(self, norms: Tensor) -> bool:
+        """One optimizer step; False if DeepSpeed left it out by itself, which counts as a bad step.
 
-        norms: [tensors], in the order of `gradients()`, as `Guard` measured them.
+        norms: [P] gradient norm of each parameter, over all ranks, before clipping.
         """
-        limit = self.recipe.optimizer.clip
-        if limit:
-            scales = (limit / (norms + 1e-6)).clamp_(max=1.0)
-            torch._foreach_mul_([gradient for _, gradient in self.gradients()], list(scales.unbind()))  # pyright: ignore[reportPrivateImportUsage]
-
-    def freeze_last_layer(self, progress: float) -> None:
-        """While frozen, prototypes lose their gradient, so AdamW leaves weights and moments alone."""
-        if progress < self.recipe.optimizer.freeze_last_layer:
-            for name, parameter in self.module.named_parameters():
-                if "last_layer" in name:
-                    parameter.grad = None
-
-    def step(self) -> bool:
-        """One optimizer step; False if DeepSpeed left it out by itself, which counts as a bad step."""
+        config = self.recipe.optimizer
+        self._clip = clip_scales(norms, config) if config.clip else None
+        self._trust = self._trust_ratios() if config.name == "lars" else None
         self._engine.step()
         return bool(self._engine.was_step_applied())
 
+    @torch.no_grad()
+    def _transform(self, group: dict[str, Any]) -> None:
+        """Clip, then LARS, on the fp32 gradients of one group, segment by segment; called inside the optimizer's step."""
+        if self._clip is None and self._trust is None:
+            return
+        for key in group["params"]:
+            if key.grad is None:
+                continue
+            flat = key.grad.view(-1)
+            if self._clip is not None:
+                self._scale(flat, key, self._clip)
+            if self._trust is not None and group["decays"]:
+                flat.add_(key.detach().view(-1), alpha=self.rates["weight_decay"])
+                self._scale(flat, key, self._trust)
+
+    def _scale(self, flat: Tensor, key: Tensor, factors: Tensor) -> None:
+        segments, scales = self.segments.spread(factors, key)
+        if segments:  # a rank may hold nothing but padding of a small group
+            torch._foreach_mul_([s.of(flat) for s in segments], scales)  # pyright: ignore[reportPrivateImportUsage]
+
+    def _trust_ratios(self) -> Tensor:
+        """[P] LARS' trust ratio, from norms over whole tensors: one more all-reduced vector a step."""
+        decay = self.rates["weight_decay"]
+        weights = self.segments.views()
+        gradients = [g.float() for g in self.layout.gradients()]
+        if self._clip is not None and gradients:
+            factors = list(self._clip.to(torch.float32)[self.segments.index].unbind())
+            gradients = torch._foreach_mul(gradients, factors)  # pyright: ignore[reportPrivateImportUsage]
+        updates = torch._foreach_add(gradients, weights, alpha=decay) if weights else []  # pyright: ignore[reportPrivateImportUsage]
+        sums = torch.cat([self.segments.squares(weights), self.segments.squares(list(updates))])
+        if not self.segments.replicated:
+            torch.distributed.all_reduce(sums)
+        weight_norms, update_norms = sums.sqrt().chunk(2)
+        excluded = torch.tensor([not self._decays(name) for name in self.segments.names], device=sums.device)
+        return lars_scales(weight_norms, update_norms, self.recipe.optimizer, excluded)
+
+    def _decays(self, name: str) -> bool:
+        return next(group["decays"] for group in self._named if name in group["names"])
+
     def skip(self) -> None:
-        """Forget this step's gradients, in the optimizer and in the engine (both are needed under ZeRO)."""
-        self.optimizer.zero_grad()
-        self._engine.zero_grad()
+        """Forget this step's gradients, wherever DeepSpeed keeps them."""
+        self.layout.forget()
 
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """Moments by parameter name: `<name>:exp_avg`, `:exp_avg_sq`, `:step`; nothing for untouched ones."""
-        state: dict[str, Tensor] = {}
-        for name, parameter in self.module.named_parameters():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                state[f"{name}:{key}"] = value.detach()
-        return state
+    def parts(self) -> Iterator[Part]:
+        """What this rank writes into a checkpoint: masters, moments and EMA, by (name, range)."""
+        shadow = dict(zip(map(id, self.segments.shards), self.teacher.shadows, strict=True))
+        for shard, segment, start, stop in self.segments.owned(self.rank, self.world):
+            at, length = segment.offset + start - segment.start, stop - start
+            laid = {"student": shard.flat, **{k: v.view(-1) for k, v in self._moments(shard.key).items()}}
+            if (average := shadow[id(shard)]) is not None:
+                laid["teacher"] = average
+            for group, flat in laid.items():
+                shape = tuple(self.segments.shapes[segment.name])
+                yield Part(group, segment.name, start, shape, flat.detach()[at : at + length])
 
-    def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
-        """The inverse; raises KeyError for a name that the student does not have."""
-        parameters = dict(self.module.named_parameters())
-        for full, value in state.items():
-            name, _, key = full.rpartition(":")
-            self.optimizer.state[parameters[name]][key] = value.clone()
+    def steps(self) -> dict[str, Tensor]:
+        """How many steps each parameter's moments have seen, by name; of a shard's group also those that others hold."""
+        return {
+            name: self.optimizer.state[shard.key]["step"].detach().clone()
+            for shard in self.segments.shards
+            for name in [name for name, _ in shard.members] or [segment.name for segment in shard.segments]
+            if "step" in self.optimizer.state.get(shard.key, {})
+        }
+
+    def _moments(self, key: Tensor) -> dict[str, Tensor]:
+        state = self.optimizer.state.get(key, {})
+        return {k: v for k, v in state.items() if isinstance(v, Tensor) and v.numel() == key.numel() and k != "step"}
+
+    @torch.no_grad()
+    def load(self, saved: Saved) -> None:
+        """Masters, moments and EMA of a checkpoint, whatever ranks and stage wrote it."""
+        names = {group: saved.names(group) for group in saved.groups()}
+        steps = saved.whole("steps")
+        for shard, shadow in zip(self.segments.shards, self.teacher.shadows, strict=True):
+            _read(saved, "student", shard.segments, shard.flat)
+            if shadow is not None:
+                _read(saved, "teacher", shard.segments, shadow)
+            state = self.optimizer.state[shard.key]
+            state.clear()
+            seen = [segment.name for segment in shard.segments]
+            for moment in sorted(names.keys() - {"student", "teacher"}):
+                if any(name in names[moment] for name in seen):
+                    state[moment] = torch.zeros_like(shard.key)
+                    _read(saved, moment, shard.segments, state[moment].view(-1))
+            if (name := next((n for n in seen if n in steps), None)) is not None:
+                state["step"] = steps[name].to(shard.key.device if self.optimizer.defaults.get("fused") else "cpu")
+            if not state:
+                del self.optimizer.state[shard.key]
+        self.layout.publish()
+        self.teacher.publish()
+
+    @torch.no_grad()
+    def _fill(self, weights: dict[str, Tensor]) -> None:
+        for shard, segment in self.segments:
+            segment.of(shard.flat).copy_(weights[segment.name].view(-1)[segment.start : segment.stop])
+        self.layout.publish()
 
     def close(self) -> None:
+        call = self.teacher._call
+        if hasattr(call, "destroy"):
+            call.destroy()
         self._engine.destroy()
-        del self._engine
+        del self._engine, self.layout, self.teacher
+
+
+def resolve_stage(recipe: Recipe, student: nn.Module, world: int) -> int:
+    """`auto`: 0 in one process, 1 on several, 3 from a billion parameters on (DESIGN 3.6)."""
+    if recipe.engine.zero != "auto":
+        return recipe.engine.zero
+    if world == 1:
+        return 0
+    return 3 if sum(p.numel() for p in student.parameters()) >= ZERO_3_FROM else 1
+
+
+def _read(saved: Saved, group: str, segments: list[Any], flat: Tensor) -> None:
+    for segment in segments:
+        segment.of(flat).copy_(saved.read(group, segment.name, segment.start, segment.stop))
+
+
+def _inside_autocast(module: nn.Module, device: str) -> None:
+    """Let the module's own forward turn autocast on: DeepSpeed's engine turns off one that surrounds it on a GPU."""
+    plain = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(device, dtype=torch.bfloat16):
+            return plain(*args, **kwargs)
+
+    module.forward = forward

@@ -2,19 +2,32 @@
 
 One process on a laptop needs no launcher, port or compiler: it forms a group of one over an in-memory store. Under
 torchrun the environment names the group. DeepSpeed's shared-memory collective is switched off before anything
-initialises: it is built just in time by a C++ compiler, and leaves 66 MiB in /dev/shm for every run.
+initialises: it is built just in time by a C++ compiler, and leaves 66 MiB in /dev/shm for every run. Each group sees a
+corner of the store of its own: torchrun keeps one store over its restarts, in which gloo would find the dead's addresses.
 """
 
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import os
+import sys
 import time
 import warnings
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from ..shards.errors import GristmillError
+
+_groups = itertools.count()  # that this process has been in
+
+
+class LaunchError(GristmillError):
+    """The group of processes could not be formed."""
 
 
 def quiet_deepspeed():
@@ -25,14 +38,29 @@ def quiet_deepspeed():
         warnings.simplefilter("ignore")
         import deepspeed
         import deepspeed.ops
+        import deepspeed.runtime.bf16_optimizer
+        from deepspeed.runtime import compiler
+
+        # Every ZeRO optimizer imports Muon, whose kernels ask for torch.compile, which takes seconds to load; nobody
+        # here steps by Muon.
+        compiled, compiler.compile = compiler.compile, lambda *_, **__: lambda function: function
+        import deepspeed.runtime.zero.muon.muon_optimizer
+
+        compiler.compile = compiled
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It collects garbage and reads /proc twice a parameter group, whatever the log level: seconds at every start.
+    deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None
+    warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     return deepspeed
 
 
 def join() -> tuple[int, int, torch.device]:
-    """Enter the group; returns (rank, world size, device). Safe to call again in the same process."""
+    """Enter the group; returns (rank, world size, device). Safe to call again in the same process.
+
+    Raises LaunchError where the environment names a group that cannot be formed.
+    """
     deepspeed = quiet_deepspeed()
     cuda = torch.cuda.is_available()
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
@@ -42,21 +70,43 @@ def join() -> tuple[int, int, torch.device]:
     if not dist.is_initialized():
         backend = "nccl" if cuda else "gloo"
         if "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend)
+            try:
+                store, rank, world = _meet()
+                dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+            except (RuntimeError, ValueError) as error:
+                raise LaunchError(
+                    f"the group of {os.environ['WORLD_SIZE']} processes could not be formed at "
+                    f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}: {str(error).splitlines()[0]}. "
+                    "Look whether all of them were started and reach each other (GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME "
+                    "names the network), and start the same command again; without torchrun, unset WORLD_SIZE."
+                ) from error
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
     deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     return dist.get_rank(), dist.get_world_size(), device
 
 
+def _meet() -> tuple[Store, int, int]:
+    """The store at which the environment says to meet, less what earlier groups left there; rank, world size.
+
+    Over several nodes agents count restarts apart, so that no corner can be agreed on: there torchrun itself has to make
+    a new store for every attempt, by TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+    """
+    store, rank, world = next(rendezvous("env://"))
+    one_node = os.environ.get("GROUP_WORLD_SIZE") == "1"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
+    return PrefixStore(f"gristmill/{attempt}/{next(_groups)}", store), rank, world
+
+
 def leave() -> None:
-    """Leave the group so that the interpreter can end.
+    """Leave the group so that the interpreter can end; together with the others, unless an exception is on its way.
 
     The caller has dropped its engine first. A gloo thread that still holds the last collective's tensors while
     Python finalises aborts the process (exit -6), hence: collect, destroy, and a moment for the threads to end.
     """
     if dist.is_initialized():
         gc.collect()
-        dist.barrier()
-        dist.destroy_process_group()
+        if sys.exc_info()[0] is None:  # where something went wrong, nobody may be left to meet
+            dist.barrier()
+        quiet_deepspeed().comm.destroy_process_group()  # torch's own would leave DeepSpeed with groups that are gone
         time.sleep(0.1)

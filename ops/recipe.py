@@ -12,15 +12,18 @@ import difflib
 import re
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from ..models.student import StudentConfig
 from ..objectives import GroupConfig, InstanceConfig, LocalGroupConfig
 from ..pipeline.views import StreamConfig, View
 from ..shards.errors import GristmillError
+from .guard import GuardConfig
+from .optimizers import OptimizerConfig
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -47,17 +50,14 @@ class ObjectivesConfig(Piece):
         return [name for name in ("instance", "local_group", "group") if getattr(self, name) is not None]
 
 
-class OptimizerConfig(Piece):
-    """AdamW as Mugs uses it (official defaults in the comments)."""
+class EngineConfig(Piece):
+    """How the step is carried out. Nothing here changes what is learned, beyond rounding."""
 
-    lr: float = Field(default=0.0008, gt=0)  # for a batch of 256; the peak is lr * batch / 256
-    min_lr: float = Field(default=1e-6, ge=0)  # at the end of the cosine; not scaled by the batch
-    warmup: float = Field(default=0.1, ge=0, lt=1)  # 10 of 100 epochs, linear from 0
-    weight_decay: tuple[float, float] = (0.04, 0.1)  # start and end of a cosine
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip: float = Field(default=3.0, ge=0)  # norm of each parameter tensor, not of all together; 0 turns it off
-    patch_embed_scale: float = Field(default=0.2, gt=0)  # the patch embedding learns slower
-    freeze_last_layer: float = Field(default=0.01, ge=0, le=1)  # 1 of 100 epochs: prototypes get no step, no moments
+    zero: Literal["auto", 0, 1, 2, 3] = "auto"  # auto: 0 in one process, 1 on several, 3 from a billion parameters on
+    accumulate: int = Field(default=1, ge=1)  # micro-batches a step on each rank
+    recompute: bool = False  # drop activations inside blocks and compute them again in backward: less memory, more time
+    compile: str | None = None  # torch.compile each block with this backend, for example inductor; needs a compiler
+    deepspeed: dict[str, Any] = {}  # passed through to DeepSpeed, checked against what the engine relies on
 
 
 class TeacherConfig(Piece):
@@ -71,6 +71,19 @@ class CheckpointConfig(Piece):
 
     every: int = Field(default=10_000, gt=0)  # images between checkpoints
     keep: int = Field(default=2, ge=1)  # so many of the newest complete ones
+    keep_every: int = Field(default=0, ge=0)  # and the first at or beyond each multiple of it, for good; 0: none
+    asynchronous: bool = True  # write while training goes on; the step waits for the copy to host memory only
+    store: str | None = None  # folder or URL (s3://bucket/prefix?...) instead of the run folder's checkpoints/
+
+    @field_validator("store")
+    @classmethod
+    def _no_secret(cls, store: str | None) -> str | None:
+        # The recipe is written into the run folder and into every checkpoint.
+        if store and "@" in urlsplit(store).netloc:
+            raise ValueError(
+                "keys do not belong into a recipe: leave them out of the URL and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            )
+        return store
 
 
 class ProbeConfig(Piece):
@@ -103,21 +116,50 @@ class MetricsConfig(Piece):
         return self
 
 
+_TAGS = ("<url>", "<path>", "<several>")  # of the forms that `data` may have; left out of messages
+
+
+def _form(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "<several>"
+    return "<url>" if isinstance(value, str) and value.startswith(("http://", "https://", "s3://")) else "<path>"
+
+
+_Url: TypeAlias = Annotated[str, Tag("<url>")]
+_Path: TypeAlias = Annotated[Path, Tag("<path>")]
+Place: TypeAlias = Annotated[_Url | _Path, Discriminator(_form)]  # of a folder with a manifest
+
+
+class DataConfig(Piece):
+    """One of several data sets that are mixed, or one that is filtered."""
+
+    path: Place
+    weight: float = Field(default=1.0, ge=0)  # share of the stream, relative to the others'
+    where: str = ""  # only samples for which this holds, for example `width >= 256 and format == "jpg"`
+
+
 class Recipe(Piece):
     """A whole run. Shapes of the batch: global batch `batch`, one row an image, crops as `views` says."""
 
     name: str
-    data: Path | None = None  # folder of shards with their manifest
+    # Folder of shards with their manifest, or its url, or a list of {path, weight, where}.
+    data: Annotated[_Url | _Path | Annotated[list[DataConfig], Tag("<several>")], Discriminator(_form)] | None = None
     seed: int = Field(default=0, ge=0, lt=2**63)
     images: int = Field(gt=0)  # images to see: the length of the run and of its schedules
     batch: int = Field(gt=0)  # images a step, over all ranks
     threads: int = Field(default=0, ge=0)  # CPU threads a rank; 0: as many as this process may use
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights, moments and losses stay fp32
+    # autocast: products in bf16, weights fp32. bf16: weights in bf16 as well, with fp32 masters, moments and reduction.
+    precision: Literal["fp32", "autocast", "bf16"] = "fp32"
     views: list[View]
     stream: StreamConfig = StreamConfig()
     student: StudentConfig
     objectives: ObjectivesConfig
     optimizer: OptimizerConfig = OptimizerConfig()
+    engine: EngineConfig = EngineConfig()
+    guard: GuardConfig = GuardConfig()
+    watchdog: float = Field(
+        default=600.0, ge=0
+    )  # seconds without progress before a rank is named and the run ends; 0: off
     teacher: TeacherConfig = TeacherConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     probes: ProbeConfig = ProbeConfig()
@@ -144,10 +186,23 @@ class Recipe(Piece):
         return {**tree, "student": student}
 
     @property
+    def sources(self) -> list[DataConfig]:
+        """The data sets, in the order in which the cursor counts them."""
+        if self.data is None:
+            return []
+        return self.data if isinstance(self.data, list) else [DataConfig(path=self.data)]
+
+    @property
     def patch_size(self) -> int:
         """Pixels a side of a patch: the student's, or what its backbone's name says."""
         named = re.search(r"patch(\d+)", self.student.backbone)
         return self.student.patch_size or (int(named.group(1)) if named else 1)
+
+    @property
+    def elastic(self) -> Literal["any", "same_topology"]:
+        """Whether the run may go on with another number of processes or micro-batches (DESIGN 3.4)."""
+        whole_batch = self.student.head_norm == "batch" and not self.student.virtual_batch
+        return "same_topology" if whole_batch else "any"
 
     @model_validator(mode="after")
     def _possible(self) -> Recipe:
@@ -174,6 +229,14 @@ class Recipe(Piece):
                 raise ValueError(f"views.{view.name}.size: {view.size} is no multiple of student.patch_size {patch}")
         if self.probes.size % patch:
             raise ValueError(f"probes.size: {self.probes.size} is no multiple of student.patch_size {patch}")
+        if self.batch % self.engine.accumulate:
+            raise ValueError(
+                f"engine.accumulate: {self.batch} images cannot be cut into {self.engine.accumulate} equal parts"
+            )
+        if self.engine.zero == 0 and self.precision == "bf16" and self.engine.accumulate > 1:
+            raise ValueError(
+                "engine.accumulate: without ZeRO DeepSpeed adds up bf16 gradients in bf16; set engine.zero to 1 or more"
+            )
         if self.images < self.batch:
             raise ValueError(f"images: {self.images} is less than one batch of {self.batch}")
         return self
@@ -277,12 +340,13 @@ def _item(items: list[Any], part: str, path: str) -> Any:
 
 
 def _explain(error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"])
+    loc = tuple(part for part in error["loc"] if part not in _TAGS)
+    where = ".".join(str(part) for part in loc)
     if error["type"] != "extra_forbidden":
         message = error["msg"].removeprefix("Value error, ")
         return f"{where}: {message}" if where else message
-    fields = _fields(Recipe, error["loc"][:-1])
-    near = difflib.get_close_matches(str(error["loc"][-1]), fields, n=1)
+    fields = _fields(Recipe, loc[:-1])
+    near = difflib.get_close_matches(str(loc[-1]), fields, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(fields)}"
     return f"{where}: unknown key; {hint}"
 

@@ -1,7 +1,8 @@
 """A run: the parts that a recipe asks for, put together, saved and restored as one. The loop is in train.py.
 
 The run folder holds everything that a user may want afterwards: recipe.yaml (as resolved), metrics.jsonl,
-checkpoints/, quarantine.jsonl, crops.npz (the first batch as it was fed), neighbours.npz, report.html.
+checkpoints/, captures/, quarantine.jsonl, crops.npz (the first batch as it was fed), neighbours.npz, report.html. All
+ranks read it; only rank 0 writes it, but for each rank's part of a checkpoint and its own finds of damage.
 """
 
 from __future__ import annotations
@@ -9,33 +10,40 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from ..models import compile_blocks, merge_statistics
 from ..models.student import Student
 from ..models.teacher import make_teacher
-from ..objectives import Dims, MixtureConfig, StepInfo, build_objectives
+from ..objectives import Dims, Mixture, MixtureConfig, Outcome, StepInfo, build_objectives
 from ..pipeline.cursor import Cursor
 from ..pipeline.draws import Plan
 from ..pipeline.loader import Batch, Loader
-from ..pipeline.order import Order
-from ..pipeline.philox import DROP_PATH, uniform
-from ..shards.manifest import Manifest
 from ..shards.quarantine import Quarantine
-from .checkpoint import Checkpoint, CheckpointError, load_newest, save
+from .checkpoint import CheckpointError, Content, Saved, newest
 from .engine import Engine
-from .guard import Guard
+from .feed import Feed
+from .guard import Guard, Verdict
+from .inputs import Inputs
 from .recipe import Recipe, RecipeError, dump_recipe
-from .runlog import RunLog
+from .runlog import NoLog, RunLog
+from .stores import open_store
+from .writer import Writer
 
-# What may differ between a checkpoint's recipe and the one that goes on with it: nothing that decides a number.
-FREE = ("name", "data", "threads", "metrics", "checkpoint", "probes", "stream.prefetch", "stream.reader_threads")
+# What may differ between a checkpoint's recipe and the one that goes on with it: nothing that decides more than rounding,
+# and the data, which the cursor answers for.
+FREE = (
+    "name", "data", "threads", "metrics", "checkpoint", "probes", "stream.prefetch", "stream.reader_threads",
+    "stream.stall", "stream.deadline", "stream.cache", "stream.take_up", "stream.mixture_from",
+    "engine", "guard", "watchdog",
+)  # fmt: skip
 VERSIONS = ("torch", "deepspeed", "nvidia-dali-cuda130", "timm", "webdataset", "numpy")
+STATISTICS = "batch_norm."  # outputs of a forward that are no outputs but what its batch norms would remember
 
 
 class Run:
@@ -46,122 +54,162 @@ class Run:
             raise RecipeError(
                 "data: no data set is named; make one with `gristmill ingest DIR --out SHARDS` and add data=SHARDS/train"
             )
-        if recipe.batch % world:
-            raise RecipeError(f"batch: {recipe.batch} images cannot be shared equally by {world} processes")
-        if world > 1:
-            raise RecipeError(f"this version trains in one process, but the launcher started {world}")
+        self.inputs = Inputs(recipe, rank, world, device)
+        virtual = recipe.student.virtual_batch
+        if virtual and self.inputs.micro % virtual:
+            raise RecipeError(
+                f"student.virtual_batch: {virtual} does not divide the {self.inputs.micro} images of one forward on "
+                f"{world} processes"
+            )
         self.recipe, self.folder, self.rank, self.world, self.device = recipe, folder, rank, world, device
-        self.threads = recipe.threads or len(os.sched_getaffinity(0))
-        self.manifest = Manifest.open(recipe.data)
-        if self.manifest.samples < recipe.batch:
-            raise RecipeError(f"batch: {recipe.batch} is more than the {self.manifest.samples} images of {recipe.data}")
+        self.threads = recipe.threads or max(
+            1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        )
+        self.feed = Feed(recipe, rank, world)
         self.steps = recipe.images // recipe.batch
-        stream = recipe.stream
-        self.order = Order(self.manifest.counts, stream.seed, stream.lanes, stream.window)
-        self.cursor = Cursor(data=self.manifest.digest, seed=stream.seed, lanes=stream.lanes, window=stream.window)
-        self.log = RunLog(folder)
+        self.cursor = self.feed.begin(None, self.everyones)
+        self.log: RunLog | NoLog = RunLog(folder) if rank == 0 else NoLog(folder)
         self.quarantine = Quarantine(folder / "quarantine.jsonl")
         self.plan = Plan(recipe.views)
-        self.student_views = _by_size([v for v in recipe.views if v.role in ("student", "both")])
-        self.teacher_views = _by_size([v for v in recipe.views if v.role in ("teacher", "both")])
-        student = Student(recipe.student, seed=recipe.seed).to(device)
-        self.teacher = make_teacher(student)
-        self.engine = Engine(student, recipe, world)
-        wanted, heads = recipe.objectives, recipe.student
-        self.mixture = build_objectives(
-            {name: getattr(wanted, name) for name in wanted.names()},
-            dims=Dims(student.backbone.embed_dim, heads.head_out, heads.head_out, heads.prototypes),
-            seed=recipe.seed,
-            mixture=MixtureConfig(weights=wanted.weights),
-            device=device,
-        )
-        self.guard = Guard()
+        student = self.build()
+        student.backbone.recompute = recipe.engine.recompute
+        self.depth = len(student.backbone.blocks)
+        teacher = make_teacher(student)
+        if recipe.engine.compile:
+            try:
+                compile_blocks(student.backbone, recipe.engine.compile)
+                compile_blocks(teacher.backbone, recipe.engine.compile)
+            except (ValueError, RuntimeError) as error:
+                raise RecipeError(f"engine.compile: {error}") from error
+        heads = recipe.student
+        dims = Dims(student.backbone.embed_dim, heads.head_out, heads.head_out, heads.prototypes)
+        self.mixture = self._objectives(dims)
         self._check_memories()
+        self.engine = Engine(student, teacher, recipe, rank, world)
+        self.guard = Guard(recipe.guard, rank, world)
+        self.store = open_store(recipe.checkpoint.store or folder / "checkpoints")
+        keep = recipe.checkpoint
+        self.writer = Writer(
+            self.store, rank, world, keep.keep, keep_every=keep.keep_every, asynchronous=keep.asynchronous
+        )
+
+    def build(self) -> Student:
+        """The student as it is before its first step; its teacher's architecture, too."""
+        return Student(self.recipe.student, seed=self.recipe.seed).to(self.device)
+
+    def _objectives(self, dims: Dims) -> Mixture:
+        wanted = self.recipe.objectives
+        return build_objectives(
+            {name: getattr(wanted, name) for name in wanted.names()},
+            dims=dims,
+            seed=self.recipe.seed,
+            mixture=MixtureConfig(weights=wanted.weights),
+            device=self.device,
+        )
 
     @property
     def position(self) -> int:
         return self.cursor.position
 
     @property
+    def end(self) -> int:
+        return self.steps * self.recipe.batch
+
+    @property
     def progress(self) -> float:
-        return self.position / (self.steps * self.recipe.batch)
+        return self.position / self.end
 
     def loader(self) -> Loader:
-        """Batches from the cursor's position on; the draws and the order depend on it alone."""
-        return Loader(
-            self.manifest,
-            self.plan,
-            self.recipe.stream,
-            order=self.order,
-            start=self.position,
-            batch=self.recipe.batch,
-            quarantine=self.quarantine,
-            device="gpu" if self.device.type == "cuda" else "cpu",
-            device_id=self.device.index,
-            rank=self.rank,
-            world=self.world,
-        )
+        """This rank's share of batches from the cursor's position on; the draws and the order depend on it alone."""
+        return self.feed.loader(self.position, self.quarantine, self.plan, self.device.type, self.device.index)
 
-    def crops(self, batch: Batch, views: list[list[Any]]) -> list[Tensor]:
-        """[crops * B, 3, H, W] for each size, crop-major as the official code has them."""
-        return [
-            torch.cat([batch.views[view.name].transpose(0, 1).flatten(0, 1) for view in group]).to(self.device)
-            for group in views
-        ]
+    def total(self, values: list[float]) -> list[float]:
+        """Sums over the ranks. Collective."""
+        if self.world == 1:
+            return values
+        vector = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(vector)
+        return vector.tolist()
 
     def info(self) -> StepInfo:
-        student = [view for group in self.student_views for view in group]
-        largest = max(view.size for view in student)
-        return StepInfo(
-            batch=self.recipe.batch // self.world,
-            student_crops=sum(view.count for view in student),
-            student_globals=sum(view.count for view in student if view.size == largest),
-            teacher_crops=sum(view.count for group in self.teacher_views for view in group),
-            position=self.position,
-            progress=self.progress,
-            same_views=any(view.role == "both" for view in student),
-        )
+        return self.inputs.info(self.position, self.progress)
 
-    def context(self) -> dict[str, Tensor]:
-        """What the student's forward reads: memories, and the draws of stochastic depth, keyed by the position."""
-        context = self.mixture.context()
-        if self.recipe.student.drop_path:
-            blocks, crops = len(self.teacher.backbone.blocks), self.info().student_crops
-            positions = self.position + np.arange(self.recipe.batch)
-            draws = uniform(self.recipe.seed, positions, DROP_PATH, crops * 2 * blocks)
-            by_crop = torch.from_numpy(draws).float().view(-1, crops, 2 * blocks).transpose(0, 1)
-            context["drop_path.draws"] = by_crop.flatten(0, 1).to(self.device)
-        return context
+    def forward(self, batch: Batch, part: int) -> Outcome:
+        """Teacher, student and losses of one micro-batch; nothing is remembered."""
+        inputs, views = self.inputs, batch.views
+        targets = self.engine.teacher(inputs.crops(views, inputs.teacher, part), self.mixture.teacher_context())
+        context = self.mixture.context() | inputs.draws(self.position, part, self.depth)
+        outputs = self.engine(inputs.crops(views, inputs.student, part), context, part == inputs.parts - 1)
+        outcome = self.mixture.loss(outputs, targets, self.info())
+        for who, out in (("student", outputs), ("teacher", targets)):
+            outcome.commit |= {f"{who}/{name}": value for name, value in out.items() if name.startswith(STATISTICS)}
+        return outcome
 
-    def save(self) -> tuple[Path, float]:
-        """Write a checkpoint of the position reached; returns (folder, seconds)."""
-        start = time.perf_counter()
+    def commit(self, outcomes: list[Outcome]) -> None:
+        """Remember a step that was applied: memories, centres, statistics, in the order of the positions on all ranks."""
+        kept: dict[str, Tensor] = {}
+        for name in outcomes[0].commit:
+            rows = torch.cat([outcome.commit[name] for outcome in outcomes])
+            kept[name] = rows if self.world == 1 else _gather(rows, self.world)
+        for who, module in (("student", self.engine.module), ("teacher", self.engine.teacher.module)):
+            seen = {n.removeprefix(who + "/"): kept.pop(n) for n in list(kept) if n.startswith(f"{who}/{STATISTICS}")}
+            if seen:
+                merge_statistics(module, seen)
+        self.mixture.commit(Outcome(outcomes[0].loss.detach(), {}, kept))
+
+    def everyones(self, texts: list[str]) -> list[str]:
+        """Equally many texts of every rank, in the order of the ranks. Collective.
+
+        A global batch's keys, for example: only the rank that was fed a substitute knows which one it was.
+        """
+        if self.world == 1:
+            return texts
+        mine = [text.encode() for text in texts]
+        longest = [float(max(map(len, mine))) if rank == self.rank else 0.0 for rank in range(self.world)]
+        width = max(1, int(max(self.total(longest))))
+        padded = bytearray(b"".join(text.ljust(width, b"\0") for text in mine))
+        rows = torch.frombuffer(padded, dtype=torch.uint8).view(-1, width).to(self.device)
+        return [row.tobytes().rstrip(b"\0").decode() for row in _gather(rows, self.world).cpu().numpy()]
+
+    def suspects(self, batch: Batch, verdict: Verdict) -> list[int]:
+        """Offsets in the global batch of samples with pixels that are not finite, else the culprits' whole share."""
+        size = self.recipe.batch // self.world
+        mine = torch.zeros(self.recipe.batch, dtype=torch.float64)
+        for crops in batch.views.values():
+            finite = torch.isfinite(crops.flatten(1)).all(1).cpu()
+            mine[self.rank * size : (self.rank + 1) * size] += (~finite).double()
+        found = [place for place, count in enumerate(self.total(mine.tolist())) if count]
+        ranks = sorted({rank for rank, _ in verdict.culprits})
+        return found or [rank * size + i for rank in ranks for i in range(size)]
+
+    def content(self) -> Content:
+        """Everything that this rank contributes to a checkpoint."""
         self.cursor = self.cursor.noting(self.quarantine.count, self.quarantine.digest)
-        path = save(
-            self.folder / "checkpoints",
-            self.position,
-            Checkpoint(
-                tensors={
-                    "student": dict(self.engine.module.state_dict()),
-                    "teacher": dict(self.teacher.state_dict()),
-                    "optimizer": self.engine.optimizer_state(),
-                    "objectives": self.mixture.state(),
-                },
-                state={
-                    "cursor": self.cursor.to_json(),
-                    "recipe": self.recipe.model_dump(mode="json"),
-                    "topology": self.topology(),
-                    "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
-                },
-            ),
-            self.recipe.checkpoint.keep,
+        self._same_memories()
+        networks = {"student": self.engine.module, "teacher": self.engine.teacher.module}
+        return Content(
+            parts=list(self.engine.parts()),
+            whole={
+                "objectives": self.mixture.state(),
+                "steps": self.engine.steps(),
+                "buffers": {f"{who}/{n}": b for who, net in networks.items() for n, b in net.named_buffers()},
+            },
+            state={
+                "cursor": self.cursor.to_json(),
+                "guard": self.guard.state(),
+                "recipe": self.recipe.model_dump(mode="json"),
+                "topology": self.topology(),
+                "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+            },
         )
-        return path, time.perf_counter() - start
 
     def topology(self) -> dict[str, Any]:
         """What bit-for-bit resumption hangs on, beyond the recipe."""
         return {
             "world": self.world,
+            "zero": self.engine.stage,
+            "precision": self.recipe.precision,
+            "accumulate": self.inputs.parts,
             "threads": self.threads,
             "device": self.device.type,
             "executor": "dali",
@@ -170,31 +218,69 @@ class Run:
 
     def restore(self) -> list[str]:
         """Go on from the newest whole checkpoint, if there is one; returns what the user should be told."""
-        checkpoint, told = load_newest(self.folder / "checkpoints")
-        if checkpoint is None:
-            (self.folder / "recipe.yaml").write_text(dump_recipe(self.recipe))
+        saved, told = newest(self.store, self.rank, self.world, self.total)
+        if saved is None:
+            if self.rank == 0:
+                (self.folder / "recipe.yaml").write_text(dump_recipe(self.recipe))
             self.log.rewind(0)
             torch.set_num_threads(self.threads)
             return told
-        self._check_recipe(checkpoint)
-        cursor = Cursor.from_json(checkpoint.state["cursor"])
-        stream = self.recipe.stream
-        cursor.check(self.manifest.digest, stream.seed, stream.lanes, stream.window)
-        self.cursor = cursor
-        self.engine.module.load_state_dict(checkpoint.tensors["student"])
-        self.teacher.load_state_dict(checkpoint.tensors["teacher"])
-        self.engine.load_optimizer_state(checkpoint.tensors["optimizer"])
-        self.mixture.load(checkpoint.tensors["objectives"])
-        before = checkpoint.state["topology"]
-        if self.recipe.threads == 0:
+        self._check_recipe(saved)
+        self._check_topology(saved)
+        self._load(saved)
+        self.cursor = self.feed.begin(Cursor.from_json(saved.state["cursor"]), self.everyones)
+        before = saved.state["topology"]
+        if self.recipe.threads == 0 and before.get("world") == self.world:
             self.threads = before["threads"]  # another number of threads sums in another order
-        changed = [f"{k} {v} -> {self.topology()[k]}" for k, v in before.items() if self.topology()[k] != v]
+        changed = [f"{k} {before.get(k)} -> {v}" for k, v in self.topology().items() if before.get(k) != v]
         if changed:
             told.append(f"not bit for bit as before: {', '.join(changed)}")
         torch.set_num_threads(self.threads)
         self.log.rewind(self.position)
-        told.append(f"going on from image {self.position} ({checkpoint.path})")
+        told.append(f"going on from image {self.position} ({saved.path})")
         return told
+
+    def go_back(self) -> int:
+        """Return to the last good state and leave out what was seen since; returns that state's position. Collective."""
+        self.writer.finish(self.total)
+        saved, _ = newest(self.store, self.rank, self.world, self.total)
+        if saved is None:
+            raise CheckpointError(
+                f"{self.store} holds no checkpoint to go back to; start again with a lower optimizer.lr"
+            )
+        then = self.feed.go_back(self.cursor, Cursor.from_json(saved.state["cursor"]))
+        counted = self.guard.rolled_back
+        self._load(saved)
+        self.guard.rolled_back = counted
+        self.guard.in_a_row = 0
+        self.cursor = then.advance(self.position - then.position, committed=False)
+        return then.position
+
+    def _load(self, saved: Saved) -> None:
+        self.engine.load(saved)
+        buffers = saved.whole("buffers")
+        for who, net in (("student", self.engine.module), ("teacher", self.engine.teacher.module)):
+            for name, buffer in net.named_buffers():
+                buffer.copy_(buffers[f"{who}/{name}"])
+        self.mixture.load(saved.whole("objectives"))
+        self.guard.load(saved.state["guard"])
+        saved.close()
+
+    def _same_memories(self) -> None:
+        """Memories are copies of each other on all ranks; two that drifted apart would be a silent fault."""
+        if self.world == 1:
+            return
+        state = self.mixture.state()
+        sums = torch.stack([_checksum(tensor) for tensor in state.values()]).to(self.device)
+        low, high = sums.clone(), sums.clone()
+        dist.all_reduce(low, op=dist.ReduceOp.MIN)
+        dist.all_reduce(high, op=dist.ReduceOp.MAX)
+        apart = [name for name, differs in zip(state, (low != high).tolist(), strict=True) if differs]
+        if apart:
+            raise CheckpointError(
+                f"{', '.join(apart)}: the ranks' copies differ, so this state must not be kept. Start again from the last "
+                f"checkpoint; if it comes back, run with engine.compile=null and report it"
+            )
 
     def _check_memories(self) -> None:
         """A step's rows must fit the memories that they go to."""
@@ -209,8 +295,19 @@ class Run:
                 f"objectives.local_group.memory: {local.memory} is less than a batch of {self.recipe.batch}"
             )
 
-    def _check_recipe(self, checkpoint: Checkpoint) -> None:
-        now, then = flatten(self.recipe.model_dump(mode="json")), flatten(checkpoint.state["recipe"])
+    def _check_topology(self, saved: Saved) -> None:
+        """Batch norm over a whole forward's images learns something else when other images share a forward."""
+        if self.recipe.elastic == "same_topology":
+            then, now = saved.state["topology"], self.topology()
+            for key in ("world", "accumulate"):
+                if then[key] != now[key]:
+                    raise CheckpointError(
+                        f"{saved.path} was written with {key} {then[key]}, this run has {now[key]}, and its batch norm "
+                        f"depends on that: go on as before, or start anew with student.virtual_batch set"
+                    )
+
+    def _check_recipe(self, saved: Saved) -> None:
+        now, then = flatten(self.recipe.model_dump(mode="json")), flatten(saved.state["recipe"])
         differing = [
             f"{key}: {then.get(key, 'absent')!r} there, {now.get(key, 'absent')!r} now"
             for key in sorted(now.keys() | then.keys())
@@ -218,12 +315,13 @@ class Run:
         ]
         if differing:
             raise CheckpointError(
-                f"{checkpoint.path} was written by another recipe ({'; '.join(differing[:3])}"
+                f"{saved.path} was written by another recipe ({'; '.join(differing[:3])}"
                 + (f"; and {len(differing) - 3} more" if len(differing) > 3 else "")
                 + "). Set these back, or name another folder with --out to start anew."
             )
 
     def close(self) -> None:
+        self.writer.close()
         self.engine.close()
         self.log.close()
 
@@ -236,7 +334,19 @@ def flatten(tree: Any, path: str = "") -> dict[str, Any]:
     return {k: v for key, value in items for k, v in flatten(value, f"{path}.{key}" if path else str(key)).items()}
 
 
-def _by_size(views: list[Any]) -> list[list[Any]]:
-    """Views in groups of equal size, largest first: one backbone call a group, globals before locals."""
-    sizes = sorted({view.size for view in views}, reverse=True)
-    return [[view for view in views if view.size == size] for size in sizes]
+def _gather(rows: Tensor, world: int) -> Tensor:
+    """[n, ...] of every rank, in the order of the ranks, which is the order of the positions: [world * n, ...]."""
+    out = rows.new_empty((world * rows.shape[0], *rows.shape[1:]))
+    dist.all_gather_single(out, rows.contiguous())
+    return out
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """A number that two tensors share if their bits do, and hardly otherwise: int64, on the tensor's device."""
+    data = tensor.detach().contiguous().view(-1)
+    words = data.view(torch.int32 if data.element_size() % 4 == 0 else torch.uint8)
+    total = torch.zeros((), dtype=torch.int64, device=data.device)
+    for first in range(0, len(words), 1 << 20):
+        chunk = words[first : first + (1 << 20)].long()
+        total += (chunk * (torch.arange(len(chunk), device=data.device) + first + 1)).sum()
+    return total

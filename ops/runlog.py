@@ -55,6 +55,22 @@ class RunLog:
         self._lock.close()
 
 
+class NoLog:
+    """The log of every rank but the first: says nothing, since rank 0 says it for all."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / "metrics.jsonl"
+
+    def write(self, kind: str, **values: Any) -> None:
+        pass
+
+    def rewind(self, position: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def read_log(path: Path) -> list[dict[str, Any]]:
     """All whole lines of a run's log; [] if there is none yet."""
     if not path.is_file():

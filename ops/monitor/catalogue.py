@@ -9,7 +9,7 @@ import re
 from typing import NamedTuple
 
 OBJECTIVES = ("instance", "local_group", "group")
-PHASES = ("data_wait", "teacher", "student", "backward", "optimizer", "ema", "commit", "checkpoint", "probe")
+PHASES = ("data_wait", "forward", "backward", "verdict", "optimizer", "ema", "commit", "metrics", "checkpoint", "probe")
 HEALTH = (
     "teacher_entropy_ratio",
     "batch_entropy_ratio",
@@ -89,14 +89,26 @@ CATALOGUE = (
     Row("loader/bytes", "total", "gristmill_read_bytes_total", "Bytes of images read from shards."),
     Row("loader/read_seconds", "total", "gristmill_read_seconds_total", "Time spent reading shards."),
     Row("loader/augment_seconds", "total", "gristmill_augment_seconds_total", "Time spent decoding and augmenting."),
+    Row("loader/storage_seconds", "total", "gristmill_storage_seconds_total", "Part of reading spent in the storage."),
+    Row("loader/removed", "total", "gristmill_removed_samples_total", "Samples removed on request that were replaced."),
     Row("loader/substituted", "total", "gristmill_substituted_samples_total", "Damaged samples that were replaced."),
     Row("loader/quarantined", "gauge", "gristmill_quarantined_samples", "Samples in the run's quarantine."),
     Row("loader/ready_depth", "gauge", "gristmill_buffer_depth_batches", "Batches that wait in the buffer.", READY),
     Row("loader/ready_capacity", "gauge", "gristmill_buffer_capacity_batches", "Batches that it can hold.", READY),
+    Row("loader/encoded_depth", "gauge", "gristmill_buffer_depth_batches", "Batches that wait in the buffer.", ENCODED),
+    Row("loader/encoded_capacity", "gauge", "gristmill_buffer_capacity_batches", "Batches that it can hold.", ENCODED),
     Row("loader/dwell_seconds", "total", "gristmill_buffer_dwell_seconds_total", "Time that batches lay in it.", READY),
+    Row(
+        "loader/encoded_dwell_seconds",
+        "total",
+        "gristmill_buffer_dwell_seconds_total",
+        "Time that batches lay in it.",
+        ENCODED,
+    ),
     Row("loader/starved_seconds", "total", "gristmill_buffer_starved_seconds_total", STARVED, READY),
     Row("loader/hungry_seconds", "total", "gristmill_buffer_starved_seconds_total", STARVED, ENCODED),
     Row("loader/blocked_seconds", "total", "gristmill_buffer_blocked_seconds_total", BLOCKED, READY),
+    Row("loader/encoded_blocked_seconds", "total", "gristmill_buffer_blocked_seconds_total", BLOCKED, ENCODED),
     Row("probe/{who}/{probe}", "gauge", "gristmill_probe_ratio", "Score of a probe, for the network or a baseline."),
     Row("probe/position", "gauge", "gristmill_probe_position_samples", "Position at which the last probes were made."),
     Row("checkpoint/{result}", "add", "gristmill_checkpoints_total", "Checkpoints tried by this process, by result."),

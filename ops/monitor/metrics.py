@@ -138,8 +138,7 @@ class Metrics:
         if ok and size is not None:
             values["bytes"] = size
         if seconds is not None:
-            values["seconds"] = seconds
-            self._put("phase/", {"checkpoint": seconds})
+            values["seconds"] = seconds  # most of them beside training; what the step waited is its phase "checkpoint"
         self._put("checkpoint/", values)
 
     def _put(self, prefix: str, values: Mapping[str, Any]) -> None:

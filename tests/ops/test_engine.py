@@ -1,14 +1,18 @@
-"""The engine's step equals a plain loop's; a bad step leaves no trace; frozen prototypes get neither step nor moments."""
+"""The engine in one process: its step equals a plain loop's, held groups thaw, moments travel, its numbers are its own.
+
+Several ranks and all stages: tests/distributed/test_engine.py.
+"""
 
 import copy
 
 import pytest
 import torch
 from gristmill.objectives import Outcome
-from gristmill.ops.engine import Engine, parameter_groups
-from gristmill.ops.guard import LIMIT, DivergedError, Guard
+from gristmill.ops.engine import Engine, resolve_stage
+from gristmill.ops.guard import Guard
 from gristmill.ops.launch import join
-from gristmill.ops.recipe import Recipe, load_recipe
+from gristmill.ops.optimizers import clip_reference, parameter_groups
+from gristmill.ops.recipe import Recipe, RecipeError, load_recipe
 from gristmill.ops.schedule import cosine, warmup_cosine
 from torch import nn
 
@@ -26,6 +30,9 @@ class Toy(nn.Module):
         return {"y": self.last_layer(self.norm(self.patch_embed(views[0])) * context["scale"])}
 
 
+SCALE = {"scale": torch.tensor(2.0)}
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _group():
     join()  # left at exit: other tests of this process use the group, too
@@ -41,45 +48,47 @@ def toy() -> Toy:
     return Toy()
 
 
-def loss_of(out: dict[str, torch.Tensor], bad: bool = False) -> torch.Tensor:
-    return out["y"].pow(2).mean() * (float("nan") if bad else 1.0)
-
-
-def run(recipe: Recipe, bad_steps: set[int]) -> tuple[Toy, Engine]:
+def start(recipe: Recipe) -> Engine:
     model = toy()
-    engine, guard = Engine(model, recipe, 1), Guard()
-    for step in range(20):
-        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
-        loss = loss_of(engine([x], {"scale": torch.tensor(2.0)}), step in bad_steps)
+    return Engine(model, copy.deepcopy(model).requires_grad_(False), recipe)
+
+
+def loss_of(out: dict[str, torch.Tensor], size: float = 1.0) -> torch.Tensor:
+    return out["y"].pow(2).mean() * size
+
+
+def data(step: int) -> torch.Tensor:
+    return torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+
+
+def run(
+    recipe: Recipe, bad: set[int], size: float = 1.0, until: int = 20, engine: Engine | None = None, begin: int = 0
+):
+    engine, guard = engine or start(recipe), Guard(recipe.guard)
+    for step in range(begin, until):
+        loss = loss_of(engine([data(step)], SCALE), float("nan") if step in bad else size)
         engine.backward(loss)
         engine.set_rates(step / 20, 1 / 20)
-        verdict = guard.judge(Outcome(loss), [g for _, g in engine.gradients()], False)
-        assert bool(verdict.bad) == (step in bad_steps)
+        verdict = guard.judge([Outcome(loss)], engine.squares(), partial=not engine.segments.replicated)
+        assert bool(verdict.bad) == (step in bad)
         if verdict.bad:
-            assert verdict.bad == ["loss", "gradient", "memory"]
+            assert verdict.bad == ["loss", "gradient"]
             engine.skip()
         else:
-            engine.clip(verdict.norms)
-            engine.freeze_last_layer(step / 20)
-            assert engine.step()
-    return model, engine
+            assert engine.step(verdict.norms)
+            engine.teacher.update(0.9)
+    return engine
 
 
-def plain(recipe: Recipe, bad_steps: set[int]) -> Toy:
+def plain(recipe: Recipe, bad: set[int], size: float = 1.0) -> Toy:
     """The official order of events, written out."""
     model, config = toy(), recipe.optimizer
-    groups = parameter_groups(model, config)
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=config.betas, foreach=False)
+    optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=0.0, betas=config.betas, foreach=False)
     for step in range(20):
-        if step in bad_steps:
+        if step in bad:
             continue
-        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
-        loss_of(model([x], {"scale": torch.tensor(2.0)})).backward()
-        for parameter in model.parameters():
-            assert parameter.grad is not None
-            norm = parameter.grad.norm(2)
-            if (coefficient := config.clip / (norm + 1e-6)) < 1:
-                parameter.grad.mul_(coefficient)
+        loss_of(model([data(step)], SCALE), size).backward()
+        clip_reference([p.grad for p in model.parameters() if p.grad is not None], config)
         if step / 20 < config.freeze_last_layer:
             model.last_layer.weight.grad = None
         for group in optimizer.param_groups:
@@ -91,46 +100,67 @@ def plain(recipe: Recipe, bad_steps: set[int]) -> Toy:
     return model
 
 
-@pytest.mark.parametrize("bad_steps", [set(), {0}, {7}, {3, 4, 19}])
-def test_equals_the_plain_loop_that_never_saw_the_bad_steps(recipe: Recipe, bad_steps: set[int]):
-    model, _ = run(recipe, bad_steps)
-    for (name, ours), theirs in zip(model.named_parameters(), plain(recipe, bad_steps).parameters(), strict=True):
+def same(engine: Engine, model: nn.Module) -> None:
+    for (name, ours), theirs in zip(engine.module.named_parameters(), model.parameters(), strict=True):
         assert torch.isfinite(ours).all(), name
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
 
 
-def test_groups():
-    groups = parameter_groups(Toy(), load_recipe("demo", ["optimizer.patch_embed_scale=0.2"]).optimizer)
-    named = {(group["lr_scale"], group["decays"]): len(group["params"]) for group in groups}
-    assert named == {(0.2, True): 1, (0.2, False): 1, (1.0, False): 2, (1.0, True): 1}
+@pytest.mark.parametrize("bad", [set(), {0}, {7}, {3, 4, 19}])
+def test_equals_the_plain_loop_that_never_saw_the_bad_steps(recipe: Recipe, bad: set[int]):
+    same(run(recipe, bad), plain(recipe, bad))
 
 
-def test_frozen_prototypes_have_no_moments(recipe: Recipe):
-    model = toy()
-    before = copy.deepcopy(model.last_layer.weight)
-    engine = Engine(model, recipe, 1)
-    engine.backward(loss_of(engine([torch.ones(8, 6)], {"scale": torch.tensor(1.0)})))
-    engine.set_rates(0.1, 0.05)
-    engine.freeze_last_layer(0.1)
-    engine.step()
-    assert torch.equal(model.last_layer.weight, before)
-    assert not any(name.startswith("last_layer") for name in engine.optimizer_state())
-    assert any(name.startswith("norm.weight") for name in engine.optimizer_state())
+@pytest.mark.parametrize("clip", [0, 0.05])
+def test_nothing_else_clips(recipe: Recipe, clip: float):
+    """DeepSpeed clips the norm of all gradients to 1 unless it is told not to; SGD would show it, AdamW hides scales."""
+    recipe = recipe.model_copy(update={"optimizer": recipe.optimizer.model_copy(update={"clip": clip, "eps": 1.0})})
+    engine = start(recipe)
+    engine.optimizer.defaults["eps"] = 1.0
+    same(run(recipe, set(), 1e3, engine=engine), _with_eps(recipe, 1e3))
 
 
-def test_optimizer_state_round_trip(recipe: Recipe):
-    _, engine = run(recipe, set())
-    fresh = Engine(toy(), recipe, 1)
-    fresh.load_optimizer_state(engine.optimizer_state())
-    ours, theirs = fresh.optimizer_state(), engine.optimizer_state()
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+def _with_eps(recipe: Recipe, size: float) -> Toy:
+    before = torch.optim.AdamW.__init__
+    try:
+        torch.optim.AdamW.__init__ = lambda self, *a, **k: before(self, *a, **k, eps=1.0)  # type: ignore[method-assign]
+        return plain(recipe, set(), size)
+    finally:
+        torch.optim.AdamW.__init__ = before  # type: ignore[method-assign]
 
 
-def test_too_many_bad_steps_in_a_row_stop_the_run():
-    guard = Guard()
-    verdict = guard.judge(Outcome(torch.tensor(float("inf"))), [torch.ones(3)], False)
-    for _ in range(LIMIT - 1):
-        guard.count(verdict, 640, ["a", "b"])
-    with pytest.raises(DivergedError, match=r"10 steps in a row.*image 640.*a, b"):
-        guard.count(verdict, 640, ["a", "b"])
+def test_frozen_prototypes_have_no_moments_and_then_thaw(recipe: Recipe):
+    engine = run(recipe, set(), until=3)
+    assert torch.equal(engine.module.get_parameter("last_layer.weight"), toy().last_layer.weight)
+    assert {part.name for part in engine.parts() if part.group == "exp_avg"} == {
+        "patch_embed.weight", "patch_embed.bias", "norm.weight", "norm.bias",
+    }  # fmt: skip
+    run(recipe, set(), until=5, engine=engine, begin=3)
+    assert not torch.equal(engine.module.get_parameter("last_layer.weight"), toy().last_layer.weight)
+    assert int(engine.steps()["last_layer.weight"]) == 2
+    assert int(engine.steps()["norm.weight"]) == 5
+
+
+def test_stage_is_a_static_rule(recipe: Recipe):
+    assert resolve_stage(recipe, toy(), 1) == 0
+    assert resolve_stage(recipe, toy(), 4) == 1
+    huge = nn.Module()
+    huge.weight = nn.Parameter(torch.empty(40_000, 30_000, device="meta"))
+    assert resolve_stage(recipe, huge, 4) == 3
+    fixed = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"zero": 2})})
+    assert resolve_stage(fixed, huge, 1) == 2
+
+
+def test_deepspeeds_own_configuration_is_passed_through_and_checked(recipe: Recipe):
+    def given(own: dict) -> Recipe:
+        return recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"deepspeed": own})})
+
+    engine = start(given({"zero_optimization": {"reduce_bucket_size": 12345}}))
+    assert engine._engine.zero_reduce_bucket_size() == 12345
+    with pytest.raises(Exception, match=r"gradient_clipping.*optimizer\.clip"):
+        start(given({"gradient_clipping": 1.0}))
+
+
+def test_bf16_without_zero_does_not_accumulate():
+    with pytest.raises(RecipeError, match=r"engine\.zero"):
+        load_recipe("demo", ["precision=bf16", "engine.zero=0", "engine.accumulate=2"])

@@ -74,3 +74,9 @@ def test_the_file_is_no_yaml(tmp_path: Path):
     (tmp_path / "bad.yaml").write_text("name: [")
     with pytest.raises(RecipeError, match="not valid YAML"):
         load_recipe(tmp_path / "bad.yaml")
+
+
+def test_keys_do_not_get_into_a_recipe():
+    with pytest.raises(RecipeError, match="AWS_ACCESS_KEY_ID") as error:
+        load_recipe("demo", ["checkpoint.store=s3://key:canary@bucket/prefix"])
+    assert "canary" not in str(error.value)

@@ -1,0 +1,319 @@
+"""`gristmill bench stream`: the reader alone against webdataset and others; resuming; memory up to 1e9 samples.
+
+Every reader has a process of its own and the same images, encoded, each in its own format written from the same tars,
+all in the page cache: one pass to warm up, then passes until about `samples` images were read. What counts is the CPU
+time of an image (user and system, children included), for training wants the rest of it, and its ratio to webdataset's
+in the same run. Nothing is decoded; ours checks every checksum, which no other does. Readers that are not installed
+are named with the reason, not left out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from ...pipeline.order import Order, Sequential
+from ...pipeline.reader import Reader
+from ...pipeline.source import Source
+from ...pipeline.stream import Stream
+from ...shards.blob import LocalBlob
+from ...shards.dali import write_idx
+from ...shards.demo import make_demo_images
+from ...shards.engine import ingest
+from ...shards.index import sample_shard
+from ...shards.manifest import Manifest
+from ...shards.quarantine import Quarantine
+
+BATCH = 256
+SCALES = (1_000, 1_000_000, 1_000_000_000)
+_SHARDS = 100_000  # at most, of the synthetic data sets
+
+
+def bench_stream(images: Path | None, samples: int, as_json: bool, only: tuple[str, ...] = ()) -> int:
+    """Run the parts asked for (all by default) and print them; returns the exit code."""
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="gristmill-bench-") as folder:
+        root = Path(folder)
+        if not only or {"reader", "resume"} & set(only):
+            if images is None:
+                images = root / "images"
+                make_demo_images(images, images=1000, size=400)
+            ingest(images, root / "data", shard_samples=500)
+        if not only or "reader" in only:
+            found["reader"] = compare_readers(root, samples)
+        if not only or "resume" in only:
+            found["resume"] = _apart("resume", root, samples)
+        if not only or "scale" in only:
+            found["scale"] = {f"{n:.0e}": _apart(f"scale-{n}", root, samples) for n in SCALES}
+    if as_json:
+        print(json.dumps(found))
+    else:
+        _show(found)
+    return 0
+
+
+def compare_readers(root: Path, samples: int) -> dict[str, Any]:
+    """CPU microseconds and rate of every reader, and its samples a CPU-second over webdataset's."""
+    manifest = Manifest.open(root / "data" / "train")
+    found: dict[str, Any] = {name: _apart(name, root, samples) for name in READERS}
+    base = found["webdataset"].get("cpu_us")
+    for values in found.values():
+        if base and "cpu_us" in values:
+            values["over_webdataset"] = base / values["cpu_us"]
+    return {"bytes_an_image": manifest.bytes / manifest.samples, "readers": found}
+
+
+def _apart(what: str, root: Path, samples: int) -> dict[str, Any]:
+    """One measurement in a process of its own; {"missing": why} if what it needs is not there."""
+    command = [sys.executable, "-m", __name__, what, str(root), str(samples)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        reason = (done.stderr.strip().splitlines() or ["no answer"])[-1]
+        return {"missing": reason[:200]}
+    return json.loads(lines[-1])
+
+
+_READERS: dict[str, Reader] = {}
+
+
+def _ours(root: Path, order: str, threads: int = 2) -> Iterator[int]:
+    """One epoch after the other with one reader, as in training, so that shards' rows are read in the first one only."""
+    if order not in _READERS:
+        manifest = Manifest.open(root / "data" / "train")
+        kind = Sequential(manifest.counts) if order == "sequential" else Order(manifest.counts, 0, 1, 1 << 22)
+        quarantine = Quarantine(root / "quarantine.jsonl")
+        _READERS[order] = Reader(manifest, quarantine, order=kind, seed=0, threads=threads)
+    reader = _READERS[order]
+    for first in range(0, reader.library.samples, BATCH):
+        stop = min(first + BATCH, reader.library.samples)
+        yield sum(map(len, reader.read(np.arange(first, stop)).data))
+        yield first - stop  # how many they were, negative
+
+
+def _webdataset(root: Path, buffer: int = 0) -> Iterator[bytes]:
+    import webdataset
+
+    paths = sorted(str(path) for path in (root / "data" / "train").glob("*.tar"))
+    data = webdataset.WebDataset(paths, shardshuffle=False)  # pyright: ignore[reportAttributeAccessIssue]
+    for sample in data.shuffle(buffer) if buffer else data:
+        yield sample["jpg"]
+
+
+def _dali(root: Path) -> Iterator[np.ndarray]:
+    from ...pipeline.augment.raw import raw_webdataset
+
+    manifest = Manifest.open(root / "data" / "train")
+    paths, indices = [], []
+    for shard in range(len(manifest.urls)):
+        paths.append(str(manifest.path(shard)))
+        indices.append(str(root / f"{shard}.idx"))
+        if not os.path.exists(indices[-1]):
+            write_idx(Path(indices[-1]), sample_shard(LocalBlob(paths[-1])))
+    yield from raw_webdataset(paths, indices, BATCH, manifest.samples)
+
+
+def _mosaic(root: Path) -> Iterator[bytes]:
+    from streaming import MDSWriter, StreamingDataset  # pyright: ignore[reportMissingImports]
+
+    out = root / "mds"
+    if not out.exists():
+        with MDSWriter(out=str(out), columns={"jpg": "bytes"}, size_limit=1 << 26) as writer:
+            for data in _webdataset(root):
+                writer.write({"jpg": data})
+    for sample in StreamingDataset(local=str(out), batch_size=BATCH, shuffle=False):
+        yield sample["jpg"]
+
+
+def _litdata(root: Path) -> Iterator[bytes]:
+    from litdata import StreamingDataset  # pyright: ignore[reportMissingImports]
+    from litdata.streaming.writer import BinaryWriter  # pyright: ignore[reportMissingImports]
+
+    out = root / "lit"
+    if not out.exists():
+        out.mkdir()
+        writer = BinaryWriter(str(out), chunk_bytes=1 << 26)
+        for number, data in enumerate(_webdataset(root)):
+            writer[number] = data
+        writer.done()
+        writer.merge()
+    yield from StreamingDataset(str(out), shuffle=False)
+
+
+def _energon(root: Path) -> Iterator[bytes]:
+    from megatron.energon import WorkerConfig, get_loader, get_train_dataset  # pyright: ignore[reportMissingImports]
+    from megatron.energon.flavors.webdataset import BaseWebdatasetFactory  # pyright: ignore[reportMissingImports]
+
+    out = root / "energon"
+    if not out.exists():
+        out.mkdir()
+        for path in sorted((root / "data" / "train").glob("*.tar")):
+            shutil.copy(path, out)
+        names = sorted(path.name for path in out.glob("*.tar"))
+        BaseWebdatasetFactory.prepare_dataset(out, names, split_parts_ratio=[("train", 1.0)], workers=1)
+        (out / ".nv-meta" / "dataset.yaml").write_text(
+            "sample_type:\n  __module__: megatron.energon\n  __class__: ImageSample\nfield_map:\n  image: jpg\n"
+        )
+    from megatron.energon import DefaultTaskEncoder  # pyright: ignore[reportMissingImports]
+
+    data = get_train_dataset(
+        out,
+        worker_config=WorkerConfig(rank=0, world_size=1, num_workers=0),
+        batch_size=BATCH,
+        shuffle_buffer_size=None,
+        max_samples_per_sequence=None,
+        auto_decode=False,
+        task_encoder=DefaultTaskEncoder(),
+    )
+    left = Manifest.open(root / "data" / "train").samples  # it has no end of its own
+    for batch in get_loader(data):
+        yield from batch.image[:left]
+        left -= len(batch.image)
+        if left <= 0:
+            return
+
+
+READERS: dict[str, Callable[[Path], Iterator[Any]]] = {
+    "webdataset": _webdataset,
+    "webdataset, buffer of 1000": lambda root: _webdataset(root, 1000),
+    "gristmill, shuffled": lambda root: _ours(root, "shuffled"),
+    "gristmill, as on disk": lambda root: _ours(root, "sequential"),
+    "gristmill, shuffled, 1 thread": lambda root: _ours(root, "shuffled", 1),
+    "DALI's webdataset reader": _dali,
+    "MosaicML Streaming": _mosaic,
+    "litData": _litdata,
+    "Energon": _energon,
+}
+
+
+def read_all(reader: Callable[[Path], Iterator[Any]], root: Path) -> tuple[int, int]:
+    """One pass: images and bytes read."""
+    count = total = 0
+    for item in reader(root):
+        if isinstance(item, int):  # ours tells of batches: their bytes, then minus their number
+            count, total = count - min(item, 0), total + max(item, 0)
+        else:
+            count, total = count + 1, total + len(item)
+    return count, total
+
+
+def cpu_seconds() -> float:
+    """Of this process and its children, user and system."""
+    return sum(
+        used.ru_utime + used.ru_stime
+        for used in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    )
+
+
+def _measure(reader: Callable[[Path], Iterator[Any]], root: Path, samples: int) -> dict[str, float]:
+    expected = Manifest.open(root / "data" / "train")
+    want = int(sum(expected.rows(shard).length.sum() for shard in range(len(expected.urls))))
+    first = read_all(reader, root)
+    if first != (expected.samples, want):
+        raise RuntimeError(f"read {first} images and bytes instead of {(expected.samples, want)}")
+    count, cpu, wall = 0, cpu_seconds(), time.perf_counter()
+    while count < samples:
+        count += read_all(reader, root)[0]
+    return {"cpu_us": (cpu_seconds() - cpu) / count * 1e6, "samples_per_s": count / (time.perf_counter() - wall)}
+
+
+def _resume(root: Path) -> dict[str, float]:
+    """From nothing but a cursor to the first encoded batch."""
+    manifest = Manifest.open(root / "data" / "train")
+    cursor = Stream([Source.of(manifest)], 0).cursor.advance(10**8 + 1, committed=True)
+    begin = time.perf_counter()
+    manifest = Manifest.open(root / "data" / "train")
+    stream = Stream([Source.of(manifest)], 0, cursor=cursor)
+    opened = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        reader = Reader(manifest, Quarantine(Path(scratch) / "q"), order=stream, seed=0)
+        reader.read(np.arange(cursor.position, cursor.position + BATCH))
+        done = time.perf_counter()
+        reader.close()
+    return {"manifest_and_stream_s": opened - begin, "first_batch_s": done - begin}
+
+
+def _scale(samples: int) -> dict[str, float]:
+    """A data set of so many samples that has no files: seek to its middle, locate 2,048, and the memory all that took."""
+    shards = min(_SHARDS, max(1, samples // 1000))
+    before = _memory("VmRSS")
+    begin = time.perf_counter()
+    counts = np.full(shards, samples // shards, np.int64)
+    cursor = Stream([Source("synthetic", counts, lambda n: f"{n:032x}")], 0).cursor
+    stream = Stream(
+        [Source("synthetic", counts, lambda n: f"{n:032x}")], 0, cursor=cursor.advance(samples // 2 + 7, committed=True)
+    )
+    made = time.perf_counter()
+    stream.locate(np.arange(2048) + stream.cursor.position)
+    done = time.perf_counter()
+    after = _memory("VmHWM")
+    return {
+        "shards": shards,
+        "set_up_s": made - begin,
+        "seek_and_2048_ids_s": done - made,
+        "added_MB": max(0.0, after - before),
+        "peak_MB": after,
+        "cursor_bytes": len(stream.cursor.to_json()),
+    }
+
+
+def _memory(what: str) -> float:
+    """Of this process by the kernel, in MB; unlike getrusage's, its peak does not begin with the parent's."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(what + ":"):
+            return int(line.split()[1]) / 1024
+    return float("nan")
+
+
+def _show(found: dict[str, Any]) -> None:
+    console = Console()
+    if "reader" in found:
+        size = found["reader"]["bytes_an_image"]
+        table = Table(title=f"encoded images of {size / 1000:.1f} kB from the page cache", title_justify="left")
+        for column in ("reader", "CPU us/image", "images/s", "per CPU-second, webdataset = 1"):
+            table.add_column(column, justify="left" if column == "reader" else "right")
+        for name, values in found["reader"]["readers"].items():
+            if "missing" in values:
+                table.add_row(name, "-", "-", values["missing"])
+            else:
+                ratio = values.get("over_webdataset")
+                shown = "-" if ratio is None else f"{ratio:.2f}"
+                table.add_row(name, f"{values['cpu_us']:.1f}", f"{values['samples_per_s']:.0f}", shown)
+        console.print(table)
+    for part in ("resume", "scale"):
+        if part in found:
+            rows = found[part] if part == "scale" else {"": found[part]}
+            for name, values in rows.items():
+                console.print(
+                    f"{part} {name}: " + ", ".join(f"{k} {v:.4g}" if k != "missing" else v for k, v in values.items())
+                )
+
+
+def _main(what: str, root: Path, samples: int) -> dict[str, float]:
+    if what == "resume":
+        return _resume(root)
+    if what.startswith("scale-"):
+        return _scale(int(what.removeprefix("scale-")))
+    return _measure(READERS[what], root, samples)
+
+
+if __name__ == "__main__":
+    answer = json.dumps(_main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])))
+    sys.stdout.write(f"\n{answer}\n")
+    sys.stdout.flush()
+    os._exit(0)  # some of these leave processes or threads behind that would not end

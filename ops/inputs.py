@@ -1,0 +1,70 @@
+"""What the networks are fed: crops by size, the shape of a step, the draws of stochastic depth. No state.
+
+A global batch is cut into `world` equal shares in the order of the positions, and a share into `accumulate`
+micro-batches. Everything here is a function of (recipe, rank, world, position), so a step can be fed again elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..objectives import StepInfo
+from ..pipeline.philox import DROP_PATH, uniform
+from .recipe import Recipe, RecipeError
+
+
+class Inputs:
+    """Of one rank. `micro`: images of a micro-batch; `parts`: micro-batches a step."""
+
+    def __init__(self, recipe: Recipe, rank: int, world: int, device: torch.device | str):
+        self.recipe, self.rank, self.world, self.device = recipe, rank, world, torch.device(device)
+        self.parts = recipe.engine.accumulate
+        self.micro, rest = divmod(recipe.batch, world * self.parts)
+        if rest or not self.micro:
+            shared = f"{world} processes" + (f" in {self.parts} micro-batches each" if self.parts > 1 else "")
+            raise RecipeError(f"batch: {recipe.batch} images cannot be shared equally by {shared}")
+        self.student = _by_size([v for v in recipe.views if v.role in ("student", "both")])
+        self.teacher = _by_size([v for v in recipe.views if v.role in ("teacher", "both")])
+        self.student_crops = sum(view.count for group in self.student for view in group)
+
+    def crops(self, batch: Mapping[str, Tensor], views: list[list[Any]], part: int) -> list[Tensor]:
+        """[crops * b, 3, H, W] for each size, crop-major as the official code has them; batch: [B, n, 3, H, W] a view."""
+        rows = slice(part * self.micro, (part + 1) * self.micro)
+        return [
+            torch.cat([batch[view.name][rows].transpose(0, 1).flatten(0, 1) for view in group]).to(self.device)
+            for group in views
+        ]
+
+    def info(self, position: int, progress: float) -> StepInfo:
+        views = [view for group in self.student for view in group]
+        largest = max(view.size for view in views)
+        return StepInfo(
+            batch=self.micro,
+            student_crops=self.student_crops,
+            student_globals=sum(view.count for view in views if view.size == largest),
+            teacher_crops=sum(view.count for group in self.teacher for view in group),
+            position=position,
+            progress=progress,
+            same_views=any(view.role == "both" for view in views),
+        )
+
+    def draws(self, position: int, part: int, depth: int) -> dict[str, Tensor]:
+        """Context for stochastic depth, [crops * b, 2 * depth] uniform in [0, 1), keyed by each sample's position."""
+        if not self.recipe.student.drop_path:
+            return {}
+        first = position + (self.rank * self.parts + part) * self.micro
+        count = self.student_crops * 2 * depth
+        draws = uniform(self.recipe.seed, first + np.arange(self.micro), DROP_PATH, count)
+        by_crop = torch.from_numpy(draws).float().view(-1, self.student_crops, 2 * depth).transpose(0, 1)
+        return {"drop_path.draws": by_crop.flatten(0, 1).to(self.device)}
+
+
+def _by_size(views: list[Any]) -> list[list[Any]]:
+    """Views in groups of equal size, largest first: one backbone call a group, globals before locals."""
+    sizes = sorted({view.size for view in views}, reverse=True)
+    return [[view for view in views if view.size == size] for size in sizes]

@@ -1,0 +1,55 @@
+"""Twenty short runs of two ranks end with 0 and leave nothing behind: most in one process, some forked, some launched.
+
+`python -m gristmill.ops.bench.endings` makes all of them real launches.
+"""
+
+import os
+from pathlib import Path
+
+from gristmill.ops.bench.endings import SHARED, endings, left_in_shared_memory, short_run
+
+from .zygote import Zygote
+
+IN_ONE, FORKED, LAUNCHED = (0, 1, 2, 3) * 3 + (1, 3), (3, 2, 1, 0, 3), (3,)
+
+
+def commands(folder: Path, data: Path, stages: tuple[int, ...]) -> list[list[object]]:
+    each = enumerate(stages)
+    return [["train", "demo", "--out", folder / f"run-{n}", *short_run(data, stage, steps=2)] for n, stage in each]
+
+
+def test_twenty_short_runs_end_well(zygote: Zygote, tiny: Path, tmp_path: Path):
+    assert len(IN_ONE + FORKED + LAUNCHED) == 20
+    before = os.listdir(SHARED)
+
+    group = zygote.run(tmp_path / "in-one", *commands(tmp_path / "in-one-runs", tiny, IN_ONE))
+    assert group.codes == [0, 0], group.errors
+    assert group.errors[0].count("training: 16/16 images") == len(IN_ONE)
+    assert group.errors[1] == ""
+
+    # ZeRO 3 is where gloo's threads hold the last collective when the interpreter ends.
+    for number, command in enumerate(commands(tmp_path / "forked-runs", tiny, FORKED)):
+        group = zygote.run(tmp_path / f"forked-{number}", command)
+        assert group.codes == [0, 0], group.errors
+        assert group.errors[1] == ""
+        assert "terminate called" not in group.errors[0]
+
+    found = endings(LAUNCHED, tmp_path / "launched-runs", tiny, steps=2)
+    for each in found:
+        assert each["code"] == 0, each["error"]
+        assert not each["aborted"]
+        assert each["left"] == []
+
+    assert left_in_shared_memory(before) == []
+
+
+def test_what_is_left_in_shared_memory_is_seen():
+    """The check itself: a segment counts once no living process has it open."""
+    before = os.listdir(SHARED)
+    path = SHARED / f"gristmill-test-{os.getpid()}"
+    try:
+        with path.open("wb"):
+            assert path.name not in left_in_shared_memory(before)
+        assert path.name in left_in_shared_memory(before)
+    finally:
+        path.unlink()

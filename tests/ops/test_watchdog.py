@@ -1,0 +1,388 @@
+"""A rank that stops or sleeps is named with its stack, and its group ends with STALLED; a slow or ended one is left alone."""
+
+import gc
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gristmill.ops.watchdog import ROWS, STALLED, Awake, Heart, Watchdog, WatchdogError, accuse, describe, stack_of
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._C._distributed_c10d import HashStore, TCPStore
+
+SCRIPT = Path(__file__).with_name("standstill.py")
+LIMIT = 60  # seconds after which a launch is given up; nothing here is meant to come near it
+
+
+def until(true: Callable[[], object], what: str) -> None:
+    end = time.monotonic() + LIMIT
+    while not true():
+        assert time.monotonic() < end, f"waited in vain until {what}"
+        time.sleep(0.02)
+
+
+def state(pid: int) -> str:
+    """The kernel's letter for a process: T stopped, Z ended and not yet collected; empty once it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return ""
+
+
+# Whole groups.
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[subprocess.Popen[str]]]]:
+    """Two launches at once, since most of their time is waiting: torchrun with two ranks, the second of which stops;
+    and all cases without torchrun, side by side. Yields their folder."""
+    folder = tmp_path_factory.mktemp("launched")
+    (folder / "torchrun").mkdir()
+    under = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        SCRIPT,
+        folder / "torchrun",
+        "stopped",
+    ]
+    plain = [SCRIPT, folder, "stopped", "asleep", "first", "alone", "healthy"]
+    launches = []
+    for name, command in (("torchrun", under), ("plain", plain)):
+        with (folder / f"{name}.out").open("w") as out:
+            command = [sys.executable, *map(str, command)]
+            launches.append(subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, text=True))
+    yield folder, launches
+    for launch in launches:
+        launch.terminate()
+        launch.wait()
+
+
+@pytest.fixture(scope="module")
+def forked(launched: tuple[Path, list[subprocess.Popen[str]]]) -> tuple[Path, dict[str, list[int]]]:
+    """The folder of the cases without torchrun, and the exit codes of each case's ranks."""
+    folder, (_, launch) = launched
+    code = launch.wait(2 * LIMIT)
+    said = (folder / "plain.out").read_text()
+    assert code == 0, said
+    return folder, json.loads(said.splitlines()[-1])
+
+
+def names_the_stopped(text: str, rank: int, stopped: int, pid: int) -> None:
+    sentence, table = text.split("\n   rank ")
+    assert re.fullmatch(
+        rf"watchdog on rank {rank}: rank {stopped} \(host \S+, pid {pid}\) has stopped: no heartbeat for \d+\.\d s; "
+        r"last seen in phase data_wait at position 5",
+        sentence,
+    )
+    waiting = "".join(rf"\n +{other} .* waits" for other in range(stopped))
+    assert re.search(rf"\n +{stopped} .* stopped{waiting}\nrank {stopped} stood here:\n", table)
+    assert "lingering_here" in table.split(f"rank {stopped} stood here:")[1].split("found by rank")[0]
+    assert f"rank {rank} (host" in table
+    assert "all_reduce" in table.rpartition("stands in")[2]
+
+
+def test_a_stopped_rank_is_named_and_torchrun_fails(launched: tuple[Path, list[subprocess.Popen[str]]]):
+    folder, (launch, _) = launched
+    ranks = folder / "torchrun"
+    until(lambda: len(list(ranks.glob("*.pid"))) == 2 or launch.poll() is not None, "the ranks had come up")
+    pids = [int((ranks / f"stopped.{rank}.pid").read_text()) for rank in range(2)]
+    try:
+        until(lambda: state(pids[0]) in ("", "Z"), "the rank that waits had ended")
+        assert state(pids[1]) == "T"
+    finally:
+        if state(pids[1]):
+            os.kill(pids[1], signal.SIGKILL)  # torchrun does it after half a minute
+    assert launch.wait(LIMIT) != 0
+    log = (folder / "torchrun.out").read_text()
+    assert f"exitcode  : {STALLED} " in log[log.index("Root Cause") :], log
+    names_the_stopped((ranks / "stopped.0.finding").read_text(), 0, 1, pids[1])
+    assert not (ranks / "stopped.1.finding").exists()
+
+
+def test_a_stopped_rank_is_named_by_all_others_and_shown_by_one(forked: tuple[Path, dict[str, list[int]]]):
+    folder, codes = forked
+    assert codes["stopped"] == [STALLED, STALLED, -signal.SIGKILL]
+    for rank in range(2):
+        pid = int((folder / "stopped.2.pid").read_text())
+        names_the_stopped((folder / f"stopped.{rank}.finding").read_text(), rank, 2, pid)
+    shown = [(folder / f"stopped.{rank}.err").read_text() for rank in range(2)]
+    assert all("rank 2 (host" in text for text in shown)
+    assert sum("rank 2 stood here" in text for text in shown) == 1
+
+
+def test_a_sleeping_rank_is_suspected(forked: tuple[Path, dict[str, list[int]]]):
+    folder, codes = forked
+    assert codes["asleep"] == [STALLED] * 3
+    for rank in range(3):
+        text = (folder / f"asleep.{rank}.finding").read_text()
+        assert re.match(
+            rf"watchdog on rank {rank}: rank 1 \(.*\) makes no progress: in phase data_wait at position 5 for \S+ s\n",
+            text,
+        )
+        assert text.count("rank 1 stood here") == 1
+        assert "dozing_here" in text.split("rank 1 stood here:")[1]
+        assert f"rank {rank}" in (folder / f"asleep.{rank}.err").read_text()
+
+
+def test_a_store_that_no_longer_answers_names_rank_0(forked: tuple[Path, dict[str, list[int]]]):
+    """Here rank 0 keeps the store, so that its stop silences all hearts: calls of the store then never return."""
+    folder, codes = forked
+    assert codes["first"] == [-signal.SIGKILL, STALLED, STALLED]
+    pid = (folder / "first.0.pid").read_text()
+    for rank in (1, 2):
+        text = (folder / f"first.{rank}.finding").read_text()
+        assert re.search(
+            rf"the group's store has not answered for .*rank 0 \(host \S+, pid {pid}\), last heard in ", text
+        )
+        assert "lingering_here" in text.split("rank 0 stood here:")[1]
+        assert "all_reduce" in text.rpartition("stands in")[2]
+
+
+def test_one_process_watches_itself(forked: tuple[Path, dict[str, list[int]]]):
+    folder, codes = forked
+    assert codes["alone"] == [STALLED]
+    text = (folder / "alone.0.finding").read_text()
+    assert "rank 0 (" in text
+    assert "dozing_here" in text
+    assert (folder / "alone.0.err").read_text() == text.removesuffix("\n"), (
+        "the terminal and the run's log hold the same"
+    )
+
+
+def test_a_healthy_group_is_left_alone(forked: tuple[Path, dict[str, list[int]]]):
+    folder, codes = forked
+    assert codes["healthy"] == [0, 0]
+    for rank in range(2):  # torch itself complains when the group goes before the watchdog, and the store with it
+        assert "watchdog" not in (folder / f"healthy.{rank}.err").read_text()
+
+
+# Watchdogs in this process, over a store in memory.
+
+
+class Kennel:
+    """Watchdogs of one group with `leave` recorded; the thread of the test is every rank's main thread."""
+
+    def __init__(self, world: int, deadline: float, interval: float):
+        self.store, self.world, self.deadline, self.interval = HashStore(), world, deadline, interval
+        self.left: list[tuple[int, int]] = []
+        self.told: list[str] = []
+        self.dogs: dict[int, Watchdog] = {}
+
+    def add(self, rank: int, **other) -> Watchdog:
+        dog = Watchdog(
+            rank,
+            self.world,
+            **{
+                "store": self.store,
+                "deadline": self.deadline,
+                "interval": self.interval,
+                "report": self.told.append,
+                "leave": lambda code: self.left.append((rank, code)),
+                **other,
+            },
+        )
+        self.dogs[rank] = dog
+        return dog
+
+    def watch(self, seconds: float, *moving: Watchdog) -> None:
+        """Let every watchdog that still runs watch for so long by its own clock, while those in `moving` progress."""
+        ends = {dog: dog._clock.seconds + seconds for dog in self.dogs.values()}
+        end = time.monotonic() + LIMIT
+        while any(dog._clock.seconds < ends[dog] and dog._threads[-1].is_alive() for dog in self.dogs.values()):
+            assert time.monotonic() < end
+            for dog in moving:
+                dog.at("moving")
+            time.sleep(0.01)
+
+
+@contextmanager
+def kennel(world: int, deadline: float = 0.4) -> Iterator[Kennel]:
+    group = Kennel(world, deadline, deadline / 8)
+    try:
+        yield group
+    finally:
+        for dog in group.dogs.values():
+            dog.close()
+            assert not any(thread.is_alive() for thread in dog._threads)
+
+
+def test_patience_of_one_rank_excuses_all_and_ends():
+    with kennel(2) as group:
+        slow, waiting = group.add(0), group.add(1)
+        waiting.at("verdict", 8)
+        slow.at("save", 8, allow=2.0)
+        group.watch(1.6)
+        assert not group.left
+        until(lambda: len(group.left) == 2, "the allowance was used up")
+        assert sorted(group.left) == [(0, STALLED), (1, STALLED)]
+        assert "rank 0 (" in group.told[0].splitlines()[0]
+        assert "makes no progress: in phase save at position 8" in group.told[0].splitlines()[0]
+
+
+def test_patience_for_a_block_lasts_as_long_as_the_block():
+    with kennel(1) as group:
+        dog = group.add(0)
+        with dog.patience(30.0):
+            group.watch(1.2)
+        assert not group.left
+        group.watch(30.0)  # cut short by the end of its thread
+        assert group.left == [(0, STALLED)]
+
+
+def test_a_neighbour_that_never_comes_is_named():
+    with kennel(3) as group:
+        group.add(0)
+        dog = group.add(2)
+        group.watch(30.0, *group.dogs.values())
+        assert sorted(group.left) == [(0, STALLED), (2, STALLED)]
+        assert "rank 1 was never heard" in group.told[0]
+        assert dog._finding in group.told[0], "both tell the same"
+
+
+def test_a_rank_that_said_goodbye_is_not_missed_but_blamed_by_those_who_wait_for_it():
+    with kennel(2) as group:
+        stays = group.add(1)
+        group.add(0).close()
+        group.watch(1.2, stays)
+        assert not group.left
+        stays.at("verdict", 3)
+        group.watch(30.0)
+        assert group.left == [(1, STALLED)]
+        assert re.match(r"watchdog on rank 1: rank 0 \(.*\) has left, and the others wait for it\n", group.told[0])
+
+
+@pytest.mark.parametrize("goodbye", [False, True])
+def test_a_store_that_hangs_up_is_a_finding_unless_rank_0_had_ended(goodbye: bool):
+    master = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    with kennel(2, 0.4 if goodbye else 2.0) as group:
+        clients = [TCPStore("127.0.0.1", master.port, None, False, wait_for_workers=False) for _ in range(2)]
+        dog, first = group.add(1, store=clients[1]), group.add(0, store=clients[0])
+        until(lambda: dog._first != "-" and first._next != "-", "they had heard each other")
+        if goodbye:
+            first.close()
+            group.watch(0.2, dog)
+        else:
+            group.watch(1.0)  # the main thread stands still for longer than the store, and is not to blame
+        del master
+        gc.collect()
+        until(lambda: dog._lost, "the store was gone")
+        if goodbye:
+            group.watch(1.2, dog)
+            assert not group.left
+        else:
+            until(lambda: len(group.left) == 2, "the silence was found")
+            assert "the group's store was cut off for" in group.told[0]
+            assert "rank 0 stood here" in group.told[0]
+
+
+def test_a_log_that_hangs_does_not_keep_the_rank():
+    with kennel(1) as group:
+        never = threading.Event()
+        group.add(0, report=lambda _: never.wait(LIMIT))
+        group.watch(30.0)
+        assert group.left == [(0, STALLED)]
+        never.set()
+
+
+def test_a_watchdog_that_is_off_does_nothing():
+    before = threading.active_count()
+    with kennel(2) as group:
+        dog = group.add(0, deadline=0.0, interval=None)
+        dog.at("data_wait", 1)
+        with dog.patience(1.0):
+            dog.at("verdict")
+        assert threading.active_count() == before
+        assert group.store.num_keys() == 0
+
+
+@pytest.mark.parametrize(
+    "settings", [{"deadline": -1.0}, {"deadline": 1.0, "interval": 0.5}, {"deadline": 1.0, "interval": 0.0}]
+)
+def test_settings_that_see_nothing_are_refused(settings: dict[str, Any]):
+    with pytest.raises(WatchdogError, match="deadline of 0"):
+        Watchdog(0, 1, **settings)
+
+
+def test_time_in_which_the_watcher_was_stopped_does_not_count():
+    clock = Awake(0.01)
+    time.sleep(0.3)
+    assert clock.tick() <= 0.02
+    assert clock.tick() <= 0.04
+
+
+def test_the_stack_of_a_thread_ends_where_it_stands():
+    stack = stack_of(threading.get_ident())
+    assert stack[-1][0].endswith("watchdog.py")
+    assert [name for _, _, name in stack if name.startswith("test_")] == [stack[-2][2]]
+    assert stack_of(-1) == []
+
+
+# Who is to blame.
+
+
+def heart(rank: int, beat: int, **other) -> Heart:
+    known = {"phase": "p", "position": 0, "count": 0, "idle": 1.0, "silent": 0.0, "waits": False, "left": False}
+    return Heart(
+        **{"rank": rank, "host": "h", "pid": rank, "beat": beat, "stack": [("f.py", rank, "g")], **known, **other}
+    )
+
+
+hearts = st.lists(
+    st.tuples(st.integers(-1, 2), st.integers(0, 2), st.booleans(), st.booleans(), st.booleans()),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(hearts)
+def test_blame(ranks: list[tuple[int, int, bool, bool, bool]]):
+    """In order: who stopped; who is busy, the furthest behind; who left; who waits, the furthest behind."""
+    after: dict[int, Heart | None] = {
+        rank: heart(rank, 7, position=position, count=count, waits=waits, left=left)
+        for rank, (position, count, waits, left, _) in enumerate(ranks)
+    }
+    before: dict[int, Heart | None] = {rank: heart(rank, 7 if ranks[rank][-1] else 6) for rank in after}
+    kind, suspects = accuse(before, after)
+    stopped = [rank for rank, (*_, left, stopped) in enumerate(ranks) if stopped and not left]
+    present = [rank for rank, (*_, left, _) in enumerate(ranks) if not left]
+    busy = [rank for rank in present if not ranks[rank][2]]
+    assert suspects
+    if stopped:
+        assert (kind, suspects) == ("stopped", stopped)
+    elif not busy and len(present) < len(ranks):
+        assert (kind, suspects) == ("left", [rank for rank in after if rank not in present])
+    else:
+        least = min(ranks[rank][:2] for rank in busy or present)
+        assert suspects == [rank for rank in busy or present if ranks[rank][:2] == least]
+        assert kind == ("all" if len(suspects) == len(ranks) > 1 else "stuck")
+    text = describe(before, after)
+    assert text.count("stood here:\n") == len(suspects)
+    assert all(f"rank {rank} (host h, pid {rank})" in text for rank in suspects[:3] if kind != "all")
+
+
+def test_a_report_of_a_large_group_stays_short():
+    before: dict[int, Heart | None] = {rank: heart(rank, 1) for rank in range(4096)}
+    after: dict[int, Heart | None] = {rank: heart(rank, 2, waits=rank != 4000) for rank in before} | {7: None}
+    lines = describe(before, after).splitlines()
+    assert lines[0] == "rank 7 was never heard"
+    after[7] = heart(7, 2, waits=True)
+    text = describe(before, after)
+    assert text.splitlines()[0].startswith("rank 4000 (host h, pid 4000) makes no progress")
+    assert f"... {4096 - ROWS} more" in re.sub(" +", " ", text)
+    assert len(text.splitlines()) < ROWS + 10
+    alike = describe(before, {rank: heart(rank, 2, stack=[("f.py", 1, "g")]) for rank in before})
+    assert alike.startswith("no rank makes progress, and none stands out\n")
+    assert alike.count("stood here") == 1
+    assert len(alike) < 10_000
