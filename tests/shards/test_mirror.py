@@ -17,7 +17,7 @@ QUICK = RetryPolicy(deadline=10.0, first_pause=0.005, longest_pause=0.05, stall_
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
-    make_demo_images(root / "images", images=400, size=24)
+    make_demo_images(root / "images", images=400, size=32)
     ingest(root / "images", root / "set", shard_samples=50)
     return Manifest.open(root / "set" / "train")
 
