@@ -228,7 +228,11 @@ def test_the_live_view_follows_and_ends_with_the_run(metrics: Metrics):
 def test_the_live_view_on_a_terminal_ends_with_ctrl_c(run: Path):
     code = "import sys; from gristmill.ops.monitor.status import show_status; sys.exit(show_status(sys.argv[1], 0, 0))"
     ours, theirs = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-c", code, str(run)], stdout=theirs, stderr=theirs, stdin=theirs)
+    # A suite that was started in the background ignores Ctrl-C, and so would its children.
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(run)], stdout=theirs, stderr=theirs, stdin=theirs,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
     os.close(theirs)
     seen = b""
     while b"checkpoint" not in seen:
