@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .protocol import pair_weights
+from .protocol import images_of, pair_weights
 
 # Numbers in one block of logits. On a CPU a block should stay in the last-level cache; a GPU wants few large launches.
 BLOCK_NUMBERS = {"cpu": 1 << 19}
@@ -95,12 +95,7 @@ def contrast(
 
     Terms and weights are `pair_weights`'. Gradient flows to the student only. ValueError when shapes disagree.
     """
-    batch = student.shape[0] // student_crops
-    if student.shape[0] != batch * student_crops or teacher.shape != (batch * teacher_crops, student.shape[1]):
-        raise ValueError(
-            f"student {tuple(student.shape)} with {student_crops} crops and teacher {tuple(teacher.shape)} with "
-            f"{teacher_crops} crops do not come from one batch"
-        )
+    batch = images_of(student, teacher, student_crops, teacher_crops)
     weights = student.new_tensor(pair_weights(teacher_crops, student_crops, student_globals))
     crops = student.view(student_crops, batch, -1)
     positive = torch.einsum("gbd,cbd->gcb", teacher.detach().view(teacher_crops, batch, -1), crops)

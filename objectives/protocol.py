@@ -48,9 +48,12 @@ class Outcome:
 
     def finite(self) -> Tensor:
         """Scalar bool tensor (no host synchronisation): the loss and everything to be remembered is finite."""
-        flags = [torch.isfinite(self.loss.detach()).all()]
-        flags += [torch.isfinite(t).all() for t in self.commit.values() if t.is_floating_point()]
-        return torch.stack(flags).all()
+        return torch.isfinite(self.loss.detach()).all() & self.finite_rows().to(self.loss.device)
+
+    def finite_rows(self) -> Tensor:
+        """Scalar bool tensor (no host synchronisation): everything to be remembered is finite."""
+        flags = [torch.isfinite(rows).all() for rows in self.commit.values() if rows.is_floating_point()]
+        return torch.stack(flags).all() if flags else torch.ones((), dtype=torch.bool)
 
 
 @runtime_checkable
@@ -82,6 +85,17 @@ class Objective(Protocol):
     def load(self, state: dict[str, Tensor]) -> None:
         """Take over what `state` returned; ValueError naming the tensor when names, shapes or types differ."""
         ...
+
+
+def images_of(student: Tensor, teacher: Tensor, student_crops: int, teacher_crops: int) -> int:
+    """B of student rows [C*B, D] and teacher rows [G*B, D]. ValueError when they do not come from one batch."""
+    batch = student.shape[0] // student_crops
+    if student.shape[0] != batch * student_crops or teacher.shape != (batch * teacher_crops, student.shape[1]):
+        raise ValueError(
+            f"student {tuple(student.shape)} with {student_crops} crops and teacher {tuple(teacher.shape)} with "
+            f"{teacher_crops} crops do not come from one batch"
+        )
+    return batch
 
 
 def pair_weights(teacher_crops: int, student_crops: int, student_globals: int) -> list[list[float]]:

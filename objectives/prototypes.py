@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .protocol import pair_weights
+from .protocol import images_of, pair_weights
 
 
 class Targets(NamedTuple):
@@ -96,12 +96,7 @@ def group_cross_entropy(
 
     Terms and weights are `pair_weights`'. Gradient flows to the logits only. ValueError when shapes disagree.
     """
-    batch = logits.shape[0] // student_crops
-    if logits.shape[0] != batch * student_crops or targets.shape != (batch * teacher_crops, logits.shape[1]):
-        raise ValueError(
-            f"student logits {tuple(logits.shape)} with {student_crops} crops and teacher assignments "
-            f"{tuple(targets.shape)} with {teacher_crops} crops do not come from one batch"
-        )
+    batch = images_of(logits, targets, student_crops, teacher_crops)
     views = targets.detach().view(teacher_crops, batch, -1)
     blends: dict[tuple[float, ...], int] = {}  # weights over the teacher views, up to a factor -> index of the blend
     blended: list[Tensor] = []
