@@ -48,7 +48,7 @@ class Engine:
             _inside_autocast(teacher, self._device.type)
         buffers = {name: buffer.clone() for name, buffer in student.named_buffers()}
         groups = parameter_groups(student, config)
-        self._named = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        decaying = {name for group in groups if group["decays"] for name in group["names"]}
         self.optimizer = make_optimizer(groups, config, self._device.type)
         settings = {
             "stage": self.stage, "precision": recipe.precision, "world": world,
@@ -66,6 +66,7 @@ class Engine:
                 buffer.data = buffers[name].data.to(buffer.device)
         self.layout = layout(self._engine, self.stage, bf16)
         self.segments: Segments = self.layout.segments
+        self._undecayed = torch.tensor([n not in decaying for n in self.segments.names], device=self._device)
         if initial is not None:  # DeepSpeed's masters begin as what bf16 left of the weights
             self._fill(dict(zip(self.segments.names, initial, strict=True)))
 
@@ -159,11 +160,7 @@ class Engine:
         if not self.segments.replicated:
             torch.distributed.all_reduce(sums)
         weight_norms, update_norms = sums.sqrt().chunk(2)
-        excluded = torch.tensor([not self._decays(name) for name in self.segments.names], device=sums.device)
-        return lars_scales(weight_norms, update_norms, self.recipe.optimizer, excluded)
-
-    def _decays(self, name: str) -> bool:
-        return next(group["decays"] for group in self._named if name in group["names"])
+        return lars_scales(weight_norms, update_norms, self.recipe.optimizer, self._undecayed)
 
     def skip(self) -> None:
         """Forget this step's gradients, wherever DeepSpeed keeps them."""
@@ -186,7 +183,7 @@ class Engine:
         return {
             name: self.optimizer.state[shard.key]["step"].detach().clone()
             for shard in self.segments.shards
-            for name in [name for name, _ in shard.members] or [segment.name for segment in shard.segments]
+            for name, _ in shard.members
             if "step" in self.optimizer.state.get(shard.key, {})
         }
 
@@ -205,7 +202,7 @@ class Engine:
                 _read(saved, "teacher", shard.segments, shadow)
             state = self.optimizer.state[shard.key]
             state.clear()
-            seen = [segment.name for segment in shard.segments]
+            seen = [name for name, _ in shard.members]
             for moment in sorted(names.keys() - {"student", "teacher"}):
                 if any(name in names[moment] for name in seen):
                     state[moment] = torch.zeros_like(shard.key)

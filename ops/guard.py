@@ -94,9 +94,7 @@ class Guard:
             for name, value in {**_losses(outcome), "loss": outcome.loss.detach()}.items():
                 good = torch.isfinite(torch.as_tensor(value, device=squares.device)).all()
                 finite[name] = good & finite.get(name, good)
-            good = torch.ones((), dtype=torch.bool, device=squares.device)
-            for rows in outcome.commit.values():  # the loss has its own flag: memory means what would be remembered
-                good = good & torch.isfinite(rows).all().to(squares.device)
+            good = outcome.finite_rows().to(squares.device)  # the loss has its own flag
             finite["memory"] = good & finite.get("memory", good)
         bad = torch.zeros(self.world, len(finite), dtype=torch.float64, device=squares.device)
         bad[self.rank] = ~torch.stack(list(finite.values()))

@@ -38,8 +38,8 @@ class Shard:
     key: Tensor  # as the optimizer knows it: the key of its state
     group: dict[str, Any]  # the optimizer's parameter group
     segments: list[Segment]
-    # Every parameter of the group and where it begins, on this rank or another: in the group's flat tensor (stages 1, 2),
-    # or in each rank's shard (stage 3).
+    # Every parameter of which any rank's such shard holds a part, and where it begins: in the group's flat tensor (stages
+    # 1, 2), or in each rank's shard (0, 3).
     members: list[tuple[str, int]] = field(default_factory=list)
     flat: Tensor = field(init=False)  # 1-D view of `key`
 
@@ -88,9 +88,6 @@ class Segments:
         place = self._by_key[id(key)]
         rows = self.index[self._rows[place]]
         return self.shards[place].segments, list(values.to(torch.float32)[rows].unbind())
-
-    def shard(self, key: Tensor) -> Shard:
-        return self.shards[self._by_key[id(key)]]
 
     def owned(self, rank: int, world: int) -> Iterator[tuple[Shard, Segment, int, int]]:
         """What this rank writes: (shard, segment, start, stop) of the parameter; all ranks cover everything once.

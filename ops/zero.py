@@ -8,6 +8,7 @@ another DeepSpeed fails loudly.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,10 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .ranks import gather
 from .segments import Segment, Segments, Shard
 
 
-class Layout:
+class Layout(ABC):
     """Masters and gradients of one engine. Gradients come as one 1-D tensor a segment, in the table's order."""
 
     replicated = False
@@ -32,15 +34,17 @@ class Layout:
         self.segments = Segments(self.shards(), shapes, replicated=self.replicated)
         self.check()
 
+    @abstractmethod
     def shards(self) -> list[Shard]:
-        raise NotImplementedError
+        """This rank's shards, in the same order on all ranks."""
 
+    @abstractmethod
     def gradients(self) -> list[Tensor]:
         """After the last backward of a step: averaged over ranks and micro-batches."""
-        raise NotImplementedError
 
     def publish(self) -> None:
-        """Make the weights that forward reads from masters that were written to."""
+        """Make the weights that forward reads from masters that were written to; nothing where they are the masters."""
+        return None
 
     def whole(self, flats: list[Tensor | None]) -> Iterator[tuple[str, Tensor]]:
         """(name, full tensor) of what is laid out like the masters, one flat tensor a shard (None: left out).
@@ -74,7 +78,7 @@ class Plain(Layout):
 
     def shards(self) -> list[Shard]:
         return [
-            Shard(p, group, [Segment(self.names[id(p)], 0, p.numel(), 0)])
+            _whole(self.names[id(p)], p, group)
             for group in self.engine.basic_optimizer.param_groups
             for p in group["params"]
         ]
@@ -96,7 +100,7 @@ class Copies(Layout):
                 yield group, p, copy
 
     def shards(self) -> list[Shard]:
-        return [Shard(copy, group, [Segment(self.names[id(p)], 0, p.numel(), 0)]) for group, p, copy in self._pairs()]
+        return [_whole(self.names[id(p)], copy, group) for group, p, copy in self._pairs()]
 
     def gradients(self) -> list[Tensor]:
         return [_flat(p.grad, copy) for _, p, copy in self._pairs()]
@@ -113,7 +117,7 @@ class Flat(Layout):
     def whole(self, flats: list[Tensor | None]) -> Iterator[tuple[str, Tensor]]:
         for shard, flat in zip(self.segments.shards, flats, strict=True):
             if flat is not None:
-                group = _gathered(flat)
+                group = gather(flat)
                 for name, begin in shard.members:
                     shape = self.segments.shapes[name]
                     yield name, group[begin : begin + shape.numel()].view(shape)
@@ -216,7 +220,7 @@ class Parameters(Layout):
         for shard, flat in zip(self.segments.shards, flats, strict=True):
             if flat is not None:
                 ends = [begin for _, begin in shard.members[1:]] + [flat.numel()]
-                ranks = _gathered(flat).view(-1, flat.numel())
+                ranks = gather(flat).view(-1, flat.numel())
                 for (name, begin), end in zip(shard.members, ends, strict=True):
                     shape = self.segments.shapes[name]
                     yield name, ranks[:, begin:end].reshape(-1)[: shape.numel()].view(shape)
@@ -244,6 +248,10 @@ def layout(engine: Any, stage: int, bf16: bool) -> Layout:
     return kind(engine)
 
 
+def _whole(name: str, key: Tensor, group: dict[str, Any]) -> Shard:
+    return Shard(key, group, [Segment(name, 0, key.numel(), 0)], [(name, 0)])
+
+
 def _partition(
     names: dict[int, str],
     flat: Tensor,
@@ -262,16 +270,6 @@ def _partition(
             segments.append(Segment(names[id(p)], start, stop, begin + start - first))
         begin += p.numel() + gap
     return Shard(flat, group, segments, places)
-
-
-def _gathered(flat: Tensor) -> Tensor:
-    """All ranks' shards end to end."""
-    world = dist.get_world_size()
-    if world == 1:
-        return flat
-    out = flat.new_empty(world * flat.numel())
-    dist.all_gather_single(out, flat.contiguous())
-    return out
 
 
 def _flat(gradient: Tensor | None, like: Tensor) -> Tensor:
