@@ -19,15 +19,16 @@ import click
 import torch
 from torch import Tensor, nn
 
+from ..models import statistics_of
 from ..models.student import Student
-from ..models.teacher import make_teacher
-from ..objectives import Dims, Mixture, MixtureConfig, build_objectives
+from ..objectives import Mixture
 from ..pipeline.cursor import Cursor, CursorError
 from ..shards.errors import GristmillError
 from .capture import FOLDER
 from .checkpoint import FINE, WHAT, CheckpointError, Saved
 from .findings import Finding, Replay, ranks_text
 from .inputs import Inputs
+from .networks import build_mixture, saved_networks
 from .progress import Meter
 from .recipe import Recipe, RecipeError, parse_recipe
 from .stores import POSITION, LocalStore
@@ -48,8 +49,12 @@ def replay(path: Path, ranks: Collection[int] = (), progress: Callable[[int, int
     try:
         recipe = parse_recipe(saved.state["recipe"], str(path))
         cursor = Cursor.from_json(saved.state["cursor"])
-        student, teacher = _networks(saved, recipe)
-        mixture = _mixture(saved, recipe, student)
+        student, teacher = saved_networks(saved, recipe, "student", "teacher")
+        if recipe.precision == "bf16":
+            for parameter in (*student.parameters(), *teacher.parameters()):
+                parameter.data = parameter.data.bfloat16()
+        mixture = build_mixture(recipe, student)
+        mixture.load(saved.whole("objectives"))
         world = int(saved.state["topology"]["world"])
         losses = {n.removeprefix("loss/"): float(v) for n, v in noted["logs"].items() if n.startswith("loss")}
         again = Replay(
@@ -142,39 +147,6 @@ def _check_ranks(again: Replay, ranks: Collection[int], world: int) -> None:
         raise CaptureError(f"--rank: the verdict names {ranks_text(named)}; replay one of these, or leave --rank out")
 
 
-def _networks(saved: Saved, recipe: Recipe) -> tuple[Student, Student]:
-    """Student and teacher as they were before the step, in the precision of their forward."""
-    student = Student(recipe.student, seed=recipe.seed)
-    teacher = make_teacher(student)
-    trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
-    buffers = saved.whole("buffers")
-    for who, net in (("student", student), ("teacher", teacher)):
-        own = {n.removeprefix(f"{who}/"): b for n, b in buffers.items() if n.startswith(f"{who}/")}
-        # A rank's share of the averages may reach over parts that only the student has. What is frozen never changed.
-        held, wanted = {**saved.assembled(who), **own}, net.state_dict()
-        wrong = (wanted.keys() - held.keys()) & trained | (held.keys() - student.state_dict().keys())
-        wrong |= {name for name in wanted.keys() & held.keys() if wanted[name].shape != held[name].shape}
-        if wrong:
-            raise ValueError(f"the {who} differs in {', '.join(sorted(wrong)[:3])}")
-        net.load_state_dict(held, strict=False)
-        if recipe.precision == "bf16":
-            for parameter in net.parameters():
-                parameter.data = parameter.data.bfloat16()
-    return student, teacher
-
-
-def _mixture(saved: Saved, recipe: Recipe, student: Student) -> Mixture:
-    heads, wanted = recipe.student, recipe.objectives
-    mixture = build_objectives(
-        {name: getattr(wanted, name) for name in wanted.names()},
-        dims=Dims(student.backbone.embed_dim, heads.head_out, heads.head_out, heads.prototypes),
-        seed=recipe.seed,
-        mixture=MixtureConfig(weights=wanted.weights),
-    )
-    mixture.load(saved.whole("objectives"))
-    return mixture
-
-
 def _one(
     saved: Saved, recipe: Recipe, inputs: Inputs, position: int, keys: list[str], mixture: Mixture, student: Student,
     teacher: Student,
@@ -199,8 +171,7 @@ def _one(
         for name, value in outcome.logs.items():
             if name.startswith("loss"):
                 losses.setdefault(name.removeprefix("loss/"), []).append(float(value))
-        statistics = [out[name] for out in (outputs, targets) for name in out if name.startswith("batch_norm.")]
-        if not _finite([*outcome.commit.values(), *statistics]):
+        if not _finite([outcome.commit, statistics_of(outputs), statistics_of(targets)]):
             finding.bad = ["memory"]
     finding.losses = {name: sum(values) / len(values) for name, values in losses.items()}
     finding.bad = [n for n, v in finding.losses.items() if not math.isfinite(v)] + finding.bad

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..models import compile_blocks, merge_statistics
+from ..models import compile_blocks, merge_statistics, statistics_of
 from ..models.student import Student
 from ..models.teacher import make_teacher
-from ..objectives import Dims, Mixture, MixtureConfig, Outcome, StepInfo, build_objectives
+from ..objectives import Outcome, StepInfo
 from ..pipeline.cursor import Cursor
 from ..pipeline.draws import Plan
 from ..pipeline.loader import Batch, Loader
@@ -30,6 +30,8 @@ from .engine import Engine
 from .feed import Feed
 from .guard import Guard, Verdict
 from .inputs import Inputs
+from .networks import build_mixture, build_student
+from .ranks import drifted, gather, gather_texts
 from .recipe import Recipe, RecipeError, dump_recipe
 from .runlog import NoLog, RunLog
 from .stores import open_store
@@ -43,7 +45,6 @@ FREE = (
     "engine", "guard", "watchdog",
 )  # fmt: skip
 VERSIONS = ("torch", "deepspeed", "nvidia-dali-cuda130", "timm", "webdataset", "numpy")
-STATISTICS = "batch_norm."  # outputs of a forward that are no outputs but what its batch norms would remember
 
 
 class Run:
@@ -81,9 +82,7 @@ class Run:
                 compile_blocks(teacher.backbone, recipe.engine.compile)
             except (ValueError, RuntimeError) as error:
                 raise RecipeError(f"engine.compile: {error}") from error
-        heads = recipe.student
-        dims = Dims(student.backbone.embed_dim, heads.head_out, heads.head_out, heads.prototypes)
-        self.mixture = self._objectives(dims)
+        self.mixture = build_mixture(recipe, student, device)
         self._check_memories()
         self.engine = Engine(student, teacher, recipe, rank, world)
         self.guard = Guard(recipe.guard, rank, world)
@@ -95,17 +94,7 @@ class Run:
 
     def build(self) -> Student:
         """The student as it is before its first step; its teacher's architecture, too."""
-        return Student(self.recipe.student, seed=self.recipe.seed).to(self.device)
-
-    def _objectives(self, dims: Dims) -> Mixture:
-        wanted = self.recipe.objectives
-        return build_objectives(
-            {name: getattr(wanted, name) for name in wanted.names()},
-            dims=dims,
-            seed=self.recipe.seed,
-            mixture=MixtureConfig(weights=wanted.weights),
-            device=self.device,
-        )
+        return build_student(self.recipe).to(self.device)
 
     @property
     def position(self) -> int:
@@ -142,7 +131,7 @@ class Run:
         outputs = self.engine(inputs.crops(views, inputs.student, part), context, part == inputs.parts - 1)
         outcome = self.mixture.loss(outputs, targets, self.info())
         for who, out in (("student", outputs), ("teacher", targets)):
-            outcome.commit |= {f"{who}/{name}": value for name, value in out.items() if name.startswith(STATISTICS)}
+            outcome.commit |= {f"{who}/{name}": value for name, value in statistics_of(out).items()}
         return outcome
 
     def commit(self, outcomes: list[Outcome]) -> None:
@@ -150,11 +139,10 @@ class Run:
         kept: dict[str, Tensor] = {}
         for name in outcomes[0].commit:
             rows = torch.cat([outcome.commit[name] for outcome in outcomes])
-            kept[name] = rows if self.world == 1 else _gather(rows, self.world)
-        for who, module in (("student", self.engine.module), ("teacher", self.engine.teacher.module)):
-            seen = {n.removeprefix(who + "/"): kept.pop(n) for n in list(kept) if n.startswith(f"{who}/{STATISTICS}")}
-            if seen:
-                merge_statistics(module, seen)
+            kept[name] = gather(rows)
+        for who, module in self._networks().items():
+            mark = f"{who}/"  # what batch norms would remember, among what the objectives would
+            merge_statistics(module, {n.removeprefix(mark): kept.pop(n) for n in list(kept) if n.startswith(mark)})
         self.mixture.commit(Outcome(outcomes[0].loss.detach(), {}, kept))
 
     def everyones(self, texts: list[str]) -> list[str]:
@@ -162,14 +150,7 @@ class Run:
 
         A global batch's keys, for example: only the rank that was fed a substitute knows which one it was.
         """
-        if self.world == 1:
-            return texts
-        mine = [text.encode() for text in texts]
-        longest = [float(max(map(len, mine))) if rank == self.rank else 0.0 for rank in range(self.world)]
-        width = max(1, int(max(self.total(longest))))
-        padded = bytearray(b"".join(text.ljust(width, b"\0") for text in mine))
-        rows = torch.frombuffer(padded, dtype=torch.uint8).view(-1, width).to(self.device)
-        return [row.tobytes().rstrip(b"\0").decode() for row in _gather(rows, self.world).cpu().numpy()]
+        return gather_texts(texts, self.total, self.device)
 
     def suspects(self, batch: Batch, verdict: Verdict) -> list[int]:
         """Offsets in the global batch of samples with pixels that are not finite, else the culprits' whole share."""
@@ -186,13 +167,12 @@ class Run:
         """Everything that this rank contributes to a checkpoint."""
         self.cursor = self.cursor.noting(self.quarantine.count, self.quarantine.digest)
         self._same_memories()
-        networks = {"student": self.engine.module, "teacher": self.engine.teacher.module}
         return Content(
             parts=list(self.engine.parts()),
             whole={
                 "objectives": self.mixture.state(),
                 "steps": self.engine.steps(),
-                "buffers": {f"{who}/{n}": b for who, net in networks.items() for n, b in net.named_buffers()},
+                "buffers": {f"{who}/{n}": b for who, net in self._networks().items() for n, b in net.named_buffers()},
             },
             state={
                 "cursor": self.cursor.to_json(),
@@ -259,7 +239,7 @@ class Run:
     def _load(self, saved: Saved) -> None:
         self.engine.load(saved)
         buffers = saved.whole("buffers")
-        for who, net in (("student", self.engine.module), ("teacher", self.engine.teacher.module)):
+        for who, net in self._networks().items():
             for name, buffer in net.named_buffers():
                 buffer.copy_(buffers[f"{who}/{name}"])
         self.mixture.load(saved.whole("objectives"))
@@ -268,14 +248,7 @@ class Run:
 
     def _same_memories(self) -> None:
         """Memories are copies of each other on all ranks; two that drifted apart would be a silent fault."""
-        if self.world == 1:
-            return
-        state = self.mixture.state()
-        sums = torch.stack([_checksum(tensor) for tensor in state.values()]).to(self.device)
-        low, high = sums.clone(), sums.clone()
-        dist.all_reduce(low, op=dist.ReduceOp.MIN)
-        dist.all_reduce(high, op=dist.ReduceOp.MAX)
-        apart = [name for name, differs in zip(state, (low != high).tolist(), strict=True) if differs]
+        apart = drifted(self.mixture.state(), self.device)
         if apart:
             raise CheckpointError(
                 f"{', '.join(apart)}: the ranks' copies differ, so this state must not be kept. Start again from the last "
@@ -320,6 +293,9 @@ class Run:
                 + "). Set these back, or name another folder with --out to start anew."
             )
 
+    def _networks(self) -> dict[str, nn.Module]:
+        return {"student": self.engine.module, "teacher": self.engine.teacher.module}
+
     def close(self) -> None:
         self.writer.close()
         self.engine.close()
@@ -332,21 +308,3 @@ def flatten(tree: Any, path: str = "") -> dict[str, Any]:
     if items is None:
         return {path: tree}
     return {k: v for key, value in items for k, v in flatten(value, f"{path}.{key}" if path else str(key)).items()}
-
-
-def _gather(rows: Tensor, world: int) -> Tensor:
-    """[n, ...] of every rank, in the order of the ranks, which is the order of the positions: [world * n, ...]."""
-    out = rows.new_empty((world * rows.shape[0], *rows.shape[1:]))
-    dist.all_gather_single(out, rows.contiguous())
-    return out
-
-
-def _checksum(tensor: Tensor) -> Tensor:
-    """A number that two tensors share if their bits do, and hardly otherwise: int64, on the tensor's device."""
-    data = tensor.detach().contiguous().view(-1)
-    words = data.view(torch.int32 if data.element_size() % 4 == 0 else torch.uint8)
-    total = torch.zeros((), dtype=torch.int64, device=data.device)
-    for first in range(0, len(words), 1 << 20):
-        chunk = words[first : first + (1 << 20)].long()
-        total += (chunk * (torch.arange(len(chunk), device=data.device) + first + 1)).sum()
-    return total

@@ -8,6 +8,7 @@ while the device still works, so that a rank without data can say so in the same
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -344,8 +345,6 @@ class Clock:
 
 def _port(recipe: Recipe, rank: int) -> int:
     """One exporter a rank, on neighbouring ports of its node."""
-    import os
-
     port = recipe.metrics.port
     assert isinstance(port, int)
     return port + int(os.environ.get("LOCAL_RANK", "0")) if port else 0

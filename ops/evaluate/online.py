@@ -26,6 +26,7 @@ from ...shards.labels import Labels
 from ...shards.manifest import Manifest
 from ...shards.mirror import open_manifest
 from ..checkpoint import CheckpointError, newest
+from ..networks import build_student, saved_networks
 from ..recipe import ProbeConfig, Recipe, RecipeError, load_recipe
 from ..report.crops import as_pixels
 from ..report.neighbours import save_neighbours
@@ -192,7 +193,7 @@ def evaluate_run(folder: Path, reference: Path | None, query: Path | None, *, as
     table = {
         "chance": probing.chance(*found),
         "pixels": probing.measure(pixel_features, "cpu")[0],
-        "random": probing.measure(class_token(Student(recipe.student, seed=recipe.seed).eval()), "cpu")[0],
+        "random": probing.measure(class_token(build_student(recipe).eval()), "cpu")[0],
         "teacher": scores,
     }
     if as_json:
@@ -211,23 +212,15 @@ def load_teacher(folder: Path, recipe: Recipe) -> tuple[Student, int]:
     saved, _ = newest(open_store(recipe.checkpoint.store or folder / "checkpoints"))
     if saved is None:
         raise RecipeError(f"{folder} holds no checkpoint yet; it is written every {recipe.checkpoint.every} images")
-    student = Student(recipe.student, seed=recipe.seed)
-    teacher = make_teacher(student).eval()
-    tensors = saved.assembled("teacher")
-    if "buffers" in saved.wholes():
-        marked = saved.whole("buffers").items()
-        tensors |= {name.removeprefix("teacher/"): value for name, value in marked if name.startswith("teacher/")}
-    saved.close()
-    # A rank's share of the averages may reach over parts that only the student has. What is frozen was never changed.
-    missing, unknown = teacher.load_state_dict(tensors, strict=False)
-    trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
-    wrong = sorted({*missing} & trained | {*unknown} - {*student.state_dict()})
-    if wrong:
+    try:
+        (teacher,) = saved_networks(saved, recipe, "teacher")
+    except ValueError as error:
         raise CheckpointError(
-            f"{saved.path} does not fit {folder / 'recipe.yaml'}: {', '.join(wrong[:3])}; use the recipe that it was "
-            "written with"
-        )
-    return teacher, saved.position
+            f"{saved.path} does not fit {folder / 'recipe.yaml'}: {error}; use the recipe that it was written with"
+        ) from error
+    finally:
+        saved.close()
+    return teacher.eval(), saved.position
 
 
 def shown(name: str, value: float) -> str:
