@@ -218,8 +218,9 @@ class Loop:
         )
         ranks = f" on rank {', '.join(map(str, where))}" if run.world > 1 and where else ""
         what = "not finite" if verdict.bad != ["spike"] else "far above its mean"
+        shown = ", ".join(keys[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
         self.meter.note(
-            f"step at image {run.position} left out: {', '.join(verdict.bad)} {what}{ranks} (samples {', '.join(keys) or 'unknown'})"
+            f"step at image {run.position} left out: {', '.join(verdict.bad)} {what}{ranks} (samples {shown or 'unknown'})"
         )
         if self.captured < run.recipe.guard.captures:
             self.captured += 1
