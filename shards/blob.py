@@ -37,6 +37,15 @@ class Blob(Protocol):
         ...
 
 
+def read_at(handle: int, offset: int, length: int) -> bytes:
+    """Bytes [offset, offset + length) of an open file, fewer only at its end. OSError as the file system gives it."""
+    parts: list[bytes] = []
+    while length > 0 and (part := os.pread(handle, length, offset)):  # it may stop early, at 2 GiB or by a signal
+        parts.append(part)
+        offset, length = offset + len(part), length - len(part)
+    return b"".join(parts)
+
+
 class LocalBlob:
     """A file of this machine. Opens on first use and holds one descriptor until `close`; a context manager.
 
@@ -70,14 +79,9 @@ class LocalBlob:
         if handle is None:
             handle = self._open()
         data = os.pread(handle, length, offset)
-        if len(data) == length or not data:
+        if len(data) == length or not data:  # without another call: an index comes here for each header
             return data
-        parts = [data]  # a read may stop early, at 2 GiB or by a signal, before the file does
-        done = len(data)
-        while done < length and (part := os.pread(handle, length - done, offset + done)):
-            parts.append(part)
-            done += len(part)
-        return b"".join(parts)
+        return data + read_at(handle, offset + len(data), length - len(data))
 
     def identity(self) -> str:
         about = os.fstat(self._open())

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .blob import read_at
 from .entries import Hold
 
 
@@ -40,12 +40,7 @@ class Lease:
 
     def read(self, offset: int, length: int) -> bytes:
         """Bytes [offset, offset + length), fewer only at the end. OSError as the file system gives it."""
-        data = os.pread(self.hold.handle, length, offset)
-        while (
-            data and len(data) < length and (part := os.pread(self.hold.handle, length - len(data), offset + len(data)))
-        ):
-            data += part
-        return data
+        return read_at(self.hold.handle, offset, length)
 
     def release(self) -> None:
         self.hold.close()

@@ -7,16 +7,15 @@ acts on it. A kill in mid-write leaves a line without its end, which the next op
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .errors import GristmillError
+from .journal import append, held, whole_lines
 
 
 class QuarantineError(GristmillError):
@@ -75,15 +74,8 @@ class Quarantine:
         line = (json.dumps(asdict(entry), ensure_ascii=False) + "\n").encode()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self._locked(os.O_RDWR | os.O_APPEND | os.O_CREAT) as handle:
-                end = os.fstat(handle).st_size
-                try:
-                    if os.write(handle, line) != len(line):
-                        raise OSError(28, "No space left on device")
-                    os.fsync(handle)
-                except OSError:
-                    os.ftruncate(handle, end)
-                    raise
+            with held(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT) as handle:
+                append(handle, line)
         except OSError as error:
             raise QuarantineError(
                 f"{self.path} cannot be written ({error.strerror}): make room or give the run another folder"
@@ -95,7 +87,8 @@ class Quarantine:
         try:
             text = self.path.read_bytes()
             if text and not text.endswith(b"\n"):
-                text = self._mend()
+                with held(self.path, os.O_RDWR) as handle:  # another process may just be writing that line
+                    text = whole_lines(handle)
         except OSError as error:
             raise QuarantineError(f"{self.path} cannot be read ({error.strerror}): mend it or remove it") from error
         for number, line in enumerate(text.splitlines(), start=1):
@@ -107,24 +100,3 @@ class Quarantine:
                     "damage is found again when it is read again"
                 ) from error
             self._entries[(entry.shard, entry.row)] = entry
-
-    def _mend(self) -> bytes:
-        """Cut off a last line that a kill left without its end, unless another process is just writing it."""
-        with self._locked(os.O_RDWR) as handle:
-            text = b""
-            while part := os.pread(handle, 1 << 20, len(text)):
-                text += part
-            whole = text.rfind(b"\n") + 1
-            if whole < len(text):
-                os.ftruncate(handle, whole)
-            return text[:whole]
-
-    @contextmanager
-    def _locked(self, flags: int) -> Iterator[int]:
-        # The lock belongs to the open file: it is gone when the process is, however that ends.
-        handle = os.open(self.path, flags, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield handle
-        finally:
-            os.close(handle)

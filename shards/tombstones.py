@@ -8,7 +8,6 @@ synced before the call returns; one that a kill left without its end is cut off 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import GristmillError
+from .journal import append, held, whole_lines
 from .manifest import Manifest
 
 TOMBSTONES = "tombstones.jsonl"
@@ -88,32 +88,15 @@ class Tombstones:
 
     def _append(self, entries: list[tuple[tuple[str, int], str]], reason: str) -> int:
         try:
-            # The lock belongs to the open file: it is gone when the process is, however that ends.
-            handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX)
-                text = b""
-                while part := os.pread(handle, 1 << 20, len(text)):
-                    text += part
-                whole = text.rfind(b"\n") + 1
-                os.ftruncate(handle, whole)
+            with held(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT) as handle:
                 self._keys.clear()
-                self._load(text[:whole])  # what others removed meanwhile
+                self._load(whole_lines(handle))  # what others removed meanwhile
                 new = [(place, key) for place, key in entries if place not in self._keys]
                 lines = [
                     json.dumps({"shard": url, "row": row, "key": key, "reason": reason}, ensure_ascii=False) + "\n"
                     for (url, row), key in new
                 ]
-                data = "".join(lines).encode()
-                try:
-                    if os.write(handle, data) != len(data):
-                        raise OSError(28, "No space left on device")
-                    os.fsync(handle)
-                except OSError:
-                    os.ftruncate(handle, whole)
-                    raise
-            finally:
-                os.close(handle)
+                append(handle, "".join(lines).encode())
         except OSError as error:
             raise TombstoneError(f"{self.path} cannot be written ({error.strerror}): nothing was removed") from error
         self._keys.update(new)
