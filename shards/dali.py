@@ -9,20 +9,15 @@ messages, it becomes an underscore. Unlike `wds2idx`, members behind long names 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from .index import Sampled, split_name
 from .storage import published
-
-if TYPE_CHECKING:
-    from .index import Sampled
 
 _VERSION = "v1.2"
 
 
 def idx_text(found: Sampled) -> str:
     """The index of one shard."""
-    from .index import split_name
-
     members = found.members
     offsets, lengths = members.offsets.tolist(), members.lengths.tolist()
     split = [split_name(name) for name in members.names]

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from .addresses import beside, redact
-from .blob import Blob
 from .manifest import DATASET, GROUPS, SAMPLES, SHARDS, Manifest, ManifestError, Rows
 from .places import is_remote
 from .remote import HttpBlob, open_blob
 from .retry import RetryPolicy, StorageError
+from .storage import PARTIAL
 from .tombstones import TOMBSTONES
 
 
@@ -108,9 +108,8 @@ def _named(place: str, about: bytes) -> str:
 
 
 def _fetch(base: str, name: str, policy: RetryPolicy | None, stop: threading.Event | None = None) -> bytes:
-    blob: Blob = open_blob(beside(base, name), policy=policy)
-    if not isinstance(blob, HttpBlob):
-        return blob.read(0, blob.size())
+    blob = open_blob(beside(base, name), policy=policy)
+    assert isinstance(blob, HttpBlob)  # `base` is the url of a server
     found = bytearray()
     blob.download(found.extend, 0, stop)
     return bytes(found)
@@ -123,7 +122,7 @@ def _copy(base: str, name: str, root: Path, policy: RetryPolicy | None, stop: th
 def _write(path: Path, data: bytes) -> None:
     """All of it or nothing, whoever else writes the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside_it = tempfile.mkstemp(prefix=path.name, suffix=".partial", dir=path.parent)
+    handle, beside_it = tempfile.mkstemp(prefix=path.name, suffix=PARTIAL, dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
