@@ -14,23 +14,23 @@ import os
 import threading
 import time
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
+from . import forks
 from .blob import Blob
 from .claim import Claim, DiskTrouble
-from .entries import DEAD, PARTIAL, WHOLE, Entries, Hold, Record, digest_of
+from .entries import ABOUT, DEAD, PARTIAL, WHOLE, Entries, Hold, Record, digest_of
 from .errors import GristmillError
 from .eviction import Candidate, choose_victims
 from .lease import CacheStats, Lease
 from .remote import resumable
 from .retry import ChangedError, Stopped
+from .storage import NO_SPACE
 
 _PATIENCE = 30.0  # seconds for the folder's lock, which is held for milliseconds
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class CacheError(GristmillError):
@@ -69,7 +69,7 @@ class Cache:
             raise CacheError(
                 f"{self.folder} cannot be a cache ({error.strerror}): name a folder on a local disk that can be written"
             ) from error
-        _caches.add(self)
+        forks.tell(self)
 
     def __contains__(self, key: str) -> bool:
         return self.entries.path(key).exists()
@@ -146,14 +146,14 @@ class Cache:
             self._count(fetched=1, resumed_bytes=claim.start)
             return lease
         except DiskTrouble as trouble:
-            self._give_up(claim)
+            self._give_up(key, hold)
             self._disk_failed(trouble.error)
             return self._fall_back("disk")
         except OSError as error:  # from publishing, so that all the bytes are there for the next who tries
             self._disk_failed(error)
             return self._fall_back("disk")
         except ChangedError:
-            self._give_up(claim)
+            self._give_up(key, hold)
             raise
         finally:
             if lease is None:
@@ -270,9 +270,7 @@ class Cache:
                 hold.close()
                 return problem
             except BaseException:
-                with suppress(OSError):
-                    os.ftruncate(hold.handle, 0)
-                    partial.unlink(missing_ok=True)
+                self._give_up(key, hold)
                 hold.close()
                 raise
 
@@ -309,7 +307,7 @@ class Cache:
             for victim in victims:
                 path = paths[victim.name]
                 path.unlink(missing_ok=True)
-                path.with_suffix(".json").unlink(missing_ok=True)
+                path.with_suffix(ABOUT).unlink(missing_ok=True)
                 self._count(evictions=int(path.suffix == WHOLE), evicted_bytes=victim.bytes)
         finally:
             for hold in held.values():
@@ -317,11 +315,11 @@ class Cache:
         self.stats.used = used + whole - sum(victim.bytes for victim in victims)
         return None
 
-    def _give_up(self, claim: Claim) -> None:
+    def _give_up(self, key: str, hold: Hold) -> None:
         """Nobody will continue this fetch. Its room is free at once, even while others have the file open."""
         with suppress(OSError):
-            os.ftruncate(claim.hold.handle, 0)
-            self.entries.path(claim.record.key, PARTIAL).unlink(missing_ok=True)
+            os.ftruncate(hold.handle, 0)
+            self.entries.path(key, PARTIAL).unlink(missing_ok=True)
 
     def _disk_failed(self, error: OSError) -> None:
         """The cache's own disk does not do: say so once, go on without it, try again later."""
@@ -329,7 +327,7 @@ class Cache:
         with self._count_lock:
             said, self._said = self._said, True
         if not said:
-            kind = "is full" if error.errno in _NO_SPACE else f"fails ({error.strerror})"
+            kind = "is full" if error.errno in NO_SPACE else f"fails ({error.strerror})"
             self._say(
                 f"the disk of the cache {self.folder} {kind}: shards are read remotely meanwhile. Make room, or give the "
                 f"cache less than its {self.budget:,} bytes"
@@ -345,13 +343,5 @@ class Cache:
             for name, count in counts.items():
                 setattr(self.stats, name, getattr(self.stats, name) + count)
 
-
-_caches: weakref.WeakSet[Cache] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for cache in _caches:
-        cache._count_lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_after_fork)
+    def after_fork(self) -> None:
+        self._count_lock = threading.Lock()

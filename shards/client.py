@@ -7,16 +7,15 @@ first. After a fork the child starts with none: two processes on one socket woul
 from __future__ import annotations
 
 import http.client
-import os
 import ssl
 import threading
 import time
-import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from . import forks
 from .addresses import Address
 from .connections import Answer, Connection, trouble_of
 from .retry import Attempts, RetryPolicy, retry_after_seconds
@@ -44,10 +43,11 @@ class Client:
     def __init__(self, policy: RetryPolicy) -> None:
         self.policy = policy
         self._tls: ssl.SSLContext | None = None
-        self._renew()
-        _clients.add(self)
+        self.after_fork()
+        forks.tell(self)
 
-    def _renew(self) -> None:
+    def after_fork(self) -> None:
+        """Begin anew, without connections and with counters at zero."""
         self._lock = threading.Lock()
         self._stats = RemoteStats()
         self._idle: dict[tuple[str, str, int], list[Connection]] = {}
@@ -160,17 +160,6 @@ class Client:
         for connections in idle.values():
             for connection in connections:
                 connection.close()
-
-
-_clients: weakref.WeakSet[Client] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for client in _clients:
-        client._renew()
-
-
-os.register_at_fork(after_in_child=_after_fork)
 
 
 def _request(address: Address, headers: dict[str, str]) -> bytes:

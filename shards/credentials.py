@@ -23,6 +23,7 @@ from datetime import datetime
 from pathlib import Path
 from urllib.parse import quote, urljoin
 
+from . import forks
 from .addresses import AddressError, parse_address
 from .errors import GristmillError
 
@@ -60,9 +61,9 @@ class Credentials:
         self.profile, self.environ = profile, environ
         self._keys: Keys | None = None
         self._lock = threading.Lock()
-        os.register_at_fork(after_in_child=self._after_fork)
+        forks.tell(self)
 
-    def _after_fork(self) -> None:
+    def after_fork(self) -> None:
         self._lock = threading.Lock()
 
     def get(self) -> Keys:

@@ -40,7 +40,9 @@ def deepen(blob: Blob, rows: Rows) -> Depth:
     n = len(rows)
     crc32, width, height = np.zeros(n, np.uint32), np.zeros(n, np.int32), np.zeros(n, np.int32)
     found = Depth(rows)
-    for row, data in _images(blob, rows):
+    for row, data in images(blob, rows):
+        if len(data) < rows.length[row]:
+            raise ShardError(blob.url, int(rows.offset[row]) + len(data), "cut short while it was read")
         crc32[row] = zlib.crc32(data)
         try:
             image = check_image(data)
@@ -54,8 +56,8 @@ def deepen(blob: Blob, rows: Rows) -> Depth:
     return found
 
 
-def _images(blob: Blob, rows: Rows) -> Iterator[tuple[int, bytes]]:
-    """Every row's bytes, neighbours read together."""
+def images(blob: Blob, rows: Rows) -> Iterator[tuple[int, bytes]]:
+    """Every row and its bytes, neighbours read together; fewer bytes where the blob ends. A blob's errors pass through."""
     offset, length = rows.offset.tolist(), rows.length.tolist()
     row = 0
     while row < len(rows):
@@ -65,8 +67,6 @@ def _images(blob: Blob, rows: Rows) -> Iterator[tuple[int, bytes]]:
             end = offset[stop] + length[stop]
             stop += 1
         window = blob.read(start, end - start)
-        if len(window) < end - start:
-            raise ShardError(blob.url, start + len(window), "cut short while it was read")
         for at in range(row, stop):
             yield at, window[offset[at] - start : offset[at] - start + length[at]]
         row = stop

@@ -8,14 +8,11 @@ fails takes everything back. One that was killed leaves whole shards at most, wh
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,13 +21,13 @@ from .errors import GristmillError
 from .intake import Checked, check_files, file_size
 from .labels import LABELS, write_labels
 from .manifest import DATASET
+from .parallel import cores
 from .sources import find_images
-from .storage import PARTIAL, published
+from .storage import NO_SPACE, PARTIAL, claimed, published
 from .tars import TarsWriter, clear_leftovers
 
 SKIPPED = "skipped.tsv"
 TRAIN, PROBE = "train", "probe"
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class IngestError(GristmillError):
@@ -96,9 +93,15 @@ def ingest(
     if not 0 <= holdout < 1:
         raise IngestError(f"a holdout of {holdout} cannot be made: give a share from 0 up to, but not including, 1")
     paths = find_images(source)
-    with _claimed(out), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's remarks on single files; what matters is in the report
-        return _Ingest(source, out, shard_samples, holdout, seed).run(paths, progress, threads or _cores())
+    if (out / TRAIN / DATASET).exists():
+        raise IngestError(f"{out} holds a data set already: name another folder, or remove it first")
+    taken = IngestError(f"another ingest is writing to {out}: wait for it, or name another folder")
+    try:
+        with claimed(out, taken), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks on single files; what matters is in the report
+            return _Ingest(source, out, shard_samples, holdout, seed).run(paths, progress, threads or cores())
+    except OSError as error:
+        raise _explained(error, out, 0) from error
 
 
 class _Ingest:
@@ -189,34 +192,8 @@ class _Ingest:
             (self.out / (name + PARTIAL)).unlink(missing_ok=True)
 
 
-@contextmanager
-def _claimed(out: Path) -> Iterator[None]:
-    """Make the folder and hold it against other ingests; take it away again if nothing came of it."""
-    if (out / TRAIN / DATASET).exists():
-        raise IngestError(f"{out} holds a data set already: name another folder, or remove it first")
-    made = not out.exists()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        handle = os.open(out, os.O_RDONLY)  # a lock on the folder itself: gone with the process, and leaves no file
-    except OSError as error:
-        raise _explained(error, out, 0) from error
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise IngestError(f"another ingest is writing to {out}: wait for it, or name another folder") from None
-        try:
-            yield
-        except BaseException:
-            if made and not any(out.iterdir()):
-                out.rmdir()
-            raise
-    finally:
-        os.close(handle)
-
-
 def _explained(error: OSError, out: Path, needed: int) -> IngestError:
-    if error.errno not in _NO_SPACE:
+    if error.errno not in NO_SPACE:
         return IngestError(f"{out} cannot be written ({error.strerror}): mend that or name another folder")
     place = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     free = shutil.disk_usage(place).free
@@ -234,7 +211,3 @@ def _fraction(seed: int, digest: bytes) -> int:
 
 def _escaped(text: str) -> str:
     return text.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
-
-
-def _cores() -> int:
-    return min(16, len(os.sched_getaffinity(0)))

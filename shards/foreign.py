@@ -12,15 +12,11 @@ sample's own header against the index.
 
 from __future__ import annotations
 
-import fcntl
 import os
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 from .addresses import redact, scheme_of
 from .archive import ShardError
@@ -31,12 +27,13 @@ from .errors import GristmillError
 from .index import IMAGES, sample_shard
 from .index_report import IndexReport, write_skipped
 from .manifest import Manifest, ManifestError, Rows
+from .parallel import cores, in_order
 from .places import is_remote
+from .remote import open_blob
+from .storage import claimed
 from .writer import ManifestWriter
 
 _TOLD = 10  # problems spelled out in a message; the file has all of them
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 class IndexingError(GristmillError):
@@ -64,11 +61,7 @@ class _Shard:
 
 def open_place(place: str) -> Blob:
     """A shard by its path or url."""
-    if is_remote(place):
-        from .remote import open_blob
-
-        return open_blob(place)
-    return LocalBlob(place)
+    return open_blob(place) if is_remote(place) else LocalBlob(place)
 
 
 def close_blob(blob: Blob) -> None:
@@ -94,10 +87,9 @@ def index_dataset(
     total)` counts shards. Raises IndexingError; what a remote shard's storage raises passes through.
     """
     root = Path(out)
-    made = not root.exists()
+    taken = IndexingError(f"{root} is being written by another index or ingest: wait for it")
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with _claimed(root, made):
+        with claimed(root, taken):
             return _index(places, root, deep, idx, leave_out, threads, progress, opener)
     except OSError as error:
         raise IndexingError(
@@ -133,9 +125,9 @@ def _index(
         return shard
 
     if threads is None:
-        threads = 16 if any(map(is_remote, places)) else min(16, len(os.sched_getaffinity(0)))
+        threads = 16 if any(map(is_remote, places)) else cores()
     with ManifestWriter(root) as writer:
-        for done, shard in enumerate(in_order(work, enumerate(places), threads), start=1):
+        for done, shard in enumerate(in_order(work, enumerate(places), threads, "gristmill-index"), start=1):
             _book(report, shard, writer)
             if progress is not None:
                 progress(done, len(places))
@@ -259,38 +251,3 @@ def _refused(problems: list[tuple[str, str]], total: int) -> IndexingError:
         f"{len(problems)} of {total} shards cannot be indexed; mend them, or go on without them by --leave-out:{told}{more}",
         problems,
     )
-
-
-def in_order(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
-    """Results of `work` in the order of the items, made on threads, at most two a thread ahead of who takes them."""
-    waiting: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(threads, thread_name_prefix="gristmill-index") as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(work, item))
-                if len(waiting) > 2 * threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for job in waiting:
-                job.cancel()
-
-
-@contextmanager
-def _claimed(root: Path, made: bool) -> Iterator[None]:
-    """Hold the folder against others; take it away again if it was made for this and nothing came of it."""
-    handle = os.open(root, os.O_RDONLY)  # a lock on the folder itself: gone with the process, and leaves no file
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise IndexingError(f"{root} is being written by another index or ingest: wait for it") from None
-        try:
-            yield
-        except BaseException:
-            if made and not any(root.iterdir()):
-                root.rmdir()
-            raise
-    finally:
-        os.close(handle)

@@ -9,13 +9,12 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections import deque
 from collections.abc import Iterator, Set
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from .images import CheckedImage, ImageError, check_image
+from .parallel import in_order
 from .sources import read_candidate
 
 _CHUNK_FILES, _CHUNK_BYTES = 32, 8 << 20
@@ -40,22 +39,12 @@ def check_files(source: Path, paths: list[Path], known: Set[bytes], threads: int
 
     Raises OSError where the machine has no more files or memory, and MemoryError.
     """
-    with ThreadPoolExecutor(threads, thread_name_prefix="gristmill-ingest") as pool:
-        waiting: deque[Future[list[Checked]]] = deque()
-        try:
-            for chunk in _chunks(source, paths):
-                waiting.append(pool.submit(_check_chunk, source, chunk, known))
-                if len(waiting) > 2 * threads:
-                    yield from waiting.popleft().result()
-            while waiting:
-                yield from waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
 
+    def check(chunk: list[Path]) -> list[Checked]:
+        return [_check(source, path, known) for path in chunk]
 
-def _check_chunk(source: Path, chunk: list[Path], known: Set[bytes]) -> list[Checked]:
-    return [_check(source, path, known) for path in chunk]
+    for found in in_order(check, _chunks(source, paths), threads, "gristmill-ingest"):
+        yield from found
 
 
 def _check(source: Path, path: Path, known: Set[bytes]) -> Checked:

@@ -7,12 +7,15 @@ call removes itself where it still can, and the next run where it cannot.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PARTIAL = ".partial"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a disk, a quota and a limit answer that are used up
 
 
 def sync_folder(folder: Path) -> None:
@@ -99,3 +102,27 @@ def published(path: Path) -> Iterator[Draft]:
     except BaseException:
         draft.give_up()
         raise
+
+
+@contextmanager
+def claimed(folder: Path, taken: Exception) -> Iterator[None]:
+    """Make a folder and hold it against other processes; take it away again if it was made here and nothing came of it.
+
+    Raises `taken` while another process holds it; OSError passes through.
+    """
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)  # a lock on the folder itself: gone with the process, and leaves no file
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise taken from None
+        try:
+            yield
+        except BaseException:
+            if made and not any(folder.iterdir()):
+                folder.rmdir()
+            raise
+    finally:
+        os.close(handle)

@@ -8,18 +8,19 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from .archive import ShardError
 from .blob import Blob
+from .deep import images
 from .errors import GristmillError
 from .foreign import close_blob, open_place
 from .images import ImageError, check_image
 from .index import index_shard, sample_shard
 from .index_report import read_skipped
 from .manifest import Manifest, Rows
+from .parallel import cores, in_order
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,14 @@ def verify(
     """
     manifest = Manifest.open(root)
     findings: list[Finding] = []
-    with ThreadPoolExecutor(min(16, len(os.sched_getaffinity(0))), thread_name_prefix="gristmill-verify") as pool:
-        for done, found in enumerate(
-            pool.map(lambda shard: list(_verify_shard(manifest, shard, deep)), range(len(manifest.urls))), start=1
-        ):
-            findings += found
-            if progress is not None:
-                progress(done, len(manifest.urls))
+
+    def look(shard: int) -> list[Finding]:
+        return list(_verify_shard(manifest, shard, deep))
+
+    for done, found in enumerate(in_order(look, range(len(manifest.urls)), cores(), "gristmill-verify"), start=1):
+        findings += found
+        if progress is not None:
+            progress(done, len(manifest.urls))
     known = {os.path.normpath(url) for url in {*manifest.urls, *read_skipped(manifest.root)}}
     strangers = sorted(path.name for path in manifest.root.glob("*.tar") if path.name not in known)
     return findings + [Finding(name, None, "in the folder, but not in the manifest") for name in strangers]
@@ -127,9 +129,8 @@ def _compare(url: str, rows: Rows, found: Rows) -> Iterator[Finding]:
 
 
 def _decode(url: str, blob: Blob, rows: Rows) -> Iterator[Finding]:
-    for row, key in enumerate(rows.keys):
-        length = int(rows.length[row])
-        data = blob.read(int(rows.offset[row]), length)
+    for row, data in images(blob, rows):
+        key, length = rows.keys[row], int(rows.length[row])
         if len(data) < length:
             yield Finding(url, key, f"cut short: {len(data)} of {length} bytes")
         elif rows.deep and zlib.crc32(data) != rows.crc32[row]:
