@@ -1,4 +1,5 @@
-"""Pictures for the tests of shards: a smooth gradient with a checker, encoded in whatever way a test needs."""
+"""What the tests of shards share: pictures (a smooth gradient with a checker, encoded in whatever way a test needs), a
+folder of tars as others make them, a server with twelve shards, and a disk that is soon full."""
 
 import io
 import subprocess
@@ -7,7 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gristmill.shards.client import Client
+from gristmill.shards.remote import HttpBlob
 from PIL import Image
+
+from ..faulty_http import FaultyServer
+from .cached import QUICK, content
+from .remotes import DATA
+from .tars import tar
 
 
 def draw(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -37,6 +45,32 @@ def pictures(tmp_path: Path, picture: Callable[..., bytes]) -> Path:
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(picture(kind, 20 + number, 30, number))
     return tmp_path / "source"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, picture: Callable[..., bytes]) -> Path:
+    """Three shards of five samples, image and text."""
+    for shard in range(3):
+        entries = []
+        for number in range(5):
+            entries.append((f"{shard}{number}.jpg", picture("JPEG", 20 + number, 30, 5 * shard + number)))
+            entries.append((f"{shard}{number}.txt", b"caption"))
+        tar(tmp_path / "set" / f"{shard:03d}.tar", entries)
+    return tmp_path / "set"
+
+
+@pytest.fixture
+def server() -> Iterator[FaultyServer]:
+    """`/a.tar` of remotes.py, and the twelve shards `/0.tar` and so on of cached.py."""
+    with FaultyServer({"/a.tar": DATA, **{f"/{number}.tar": content(number) for number in range(12)}}) as server:
+        yield server
+
+
+@pytest.fixture
+def blob(server: FaultyServer) -> Callable[[int], HttpBlob]:
+    """blob(number) -> that shard of the server."""
+    client = Client(QUICK)
+    return lambda number: HttpBlob(server.url(f"/{number}.tar"), client)
 
 
 @pytest.fixture

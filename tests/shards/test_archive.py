@@ -16,7 +16,8 @@ from gristmill.shards.headers import checksums_agree, name, names
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
+from .tars import FORMATS, by_tarfile
+
 KINDS = [
     tarfile.REGTYPE,
     tarfile.AREGTYPE,
@@ -34,7 +35,9 @@ WITH_DATA = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE, b"V", b"Z")
 part = st.text(st.characters(exclude_characters="\0/", exclude_categories=["Cs"]), min_size=1, max_size=8)
 long_part = st.text("ab.", min_size=95, max_size=160).map(lambda text: "x" + text)
 path = st.lists(part | long_part | st.just(".."), min_size=1, max_size=4).map("/".join)
-entry = st.tuples(path, st.sampled_from(KINDS), st.sampled_from(FORMATS), st.binary(max_size=1200), st.booleans())
+entry = st.tuples(
+    path, st.sampled_from(KINDS), st.sampled_from([*FORMATS.values()]), st.binary(max_size=1200), st.booleans()
+)
 
 
 def block(entry_name: str, kind: bytes, form: Any, data: bytes, pax: dict[str, str] | None = None) -> bytes:
@@ -45,11 +48,6 @@ def block(entry_name: str, kind: bytes, form: Any, data: bytes, pax: dict[str, s
     member.size = len(data)
     member.pax_headers = pax or {}
     return member.tobuf(form, "utf-8", "strict") + data + bytes(-len(data) % 512)
-
-
-def by_tarfile(place: Path) -> list[tuple[str, int, int]]:
-    with tarfile.open(place) as file:
-        return [(member.name, member.offset_data, member.size) for member in file if member.isreg()]
 
 
 def triples(found: Members) -> list[tuple[str, int, int]]:
@@ -135,13 +133,18 @@ def test_data_is_not_read(tmp_path: Path) -> None:
     assert found.offsets[-1] == offset - -(-2_000_000_000 // 512) * 512
 
 
+def five(form: Any) -> list[bytes]:
+    """Files of 0 to 1200 bytes, their names as long as the format has a special way for."""
+    prefix = "" if form == tarfile.USTAR_FORMAT else "deep/" * 30
+    return [block(f"{prefix}{i}.jpg", tarfile.REGTYPE, form, bytes([i + 1]) * (300 * i)) for i in range(5)]
+
+
 @settings(max_examples=120, deadline=None)
 @given(data=st.data())
 def test_flipped_bytes_are_seen_or_harmless(shard: Path, data: st.DataObject) -> None:
     """Anywhere in a header, long name or PAX record: what `tarfile` finds in the whole tar, or an error that says where."""
-    form = data.draw(st.sampled_from(FORMATS))
-    prefix = "" if form == tarfile.USTAR_FORMAT else "deep/" * 30
-    blocks = [block(f"{prefix}{i}.jpg", tarfile.REGTYPE, form, bytes([i + 1]) * (300 * i)) for i in range(5)]
+    form = data.draw(st.sampled_from([*FORMATS.values()]))
+    blocks = five(form)
     whole = b"".join(blocks) + bytes(1024)
     shard.write_bytes(whole)
     truth = by_tarfile(shard)
@@ -171,9 +174,8 @@ def test_flipped_bytes_are_seen_or_harmless(shard: Path, data: st.DataObject) ->
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_a_cut_anywhere_is_seen(shard: Path, data: st.DataObject) -> None:
-    form = data.draw(st.sampled_from(FORMATS))
-    prefix = "" if form == tarfile.USTAR_FORMAT else "deep/" * 30
-    blocks = [block(f"{prefix}{i}.jpg", tarfile.REGTYPE, form, bytes([i + 1]) * (300 * i)) for i in range(5)]
+    form = data.draw(st.sampled_from([*FORMATS.values()]))
+    blocks = five(form)
     whole = b"".join(blocks) + bytes(512)  # one block of zeros is an end mark
     starts = np.cumsum([0, *map(len, blocks)]).tolist()
     near = st.sampled_from(starts).flatmap(lambda start: st.integers(max(0, start - 2), start + 2))

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from random import Random
 
@@ -19,55 +15,14 @@ from gristmill.shards.cache import Cache, CacheError, Lease
 from gristmill.shards.client import Client
 from gristmill.shards.errors import GristmillError
 from gristmill.shards.remote import HttpBlob
-from gristmill.shards.retry import ChangedError, RetryPolicy, Stopped, StorageError
+from gristmill.shards.retry import ChangedError, Stopped, StorageError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ..faulty_http import FaultyServer
+from .cached import ENTRY, QUICK, SIZE, cache_at, content, fetched, flip, taken
 
-SIZE = 100_000
-ENTRY = SIZE + 1200  # with its description, and room for a second one while it is renewed
-QUICK = RetryPolicy(deadline=15.0, first_pause=0.005, longest_pause=0.05, stall_timeout=1.0, min_rate=1e6)
 NEVER = float("inf")
-
-
-def content(number: int, size: int = SIZE) -> bytes:
-    return (b"%08d" % number) * (size // 8)
-
-
-@pytest.fixture
-def server() -> Iterator[FaultyServer]:
-    with FaultyServer({f"/{number}.tar": content(number) for number in range(12)}) as server:
-        yield server
-
-
-@pytest.fixture
-def blob(server: FaultyServer) -> Callable[[int], HttpBlob]:
-    client = Client(QUICK)
-    return lambda number: HttpBlob(server.url(f"/{number}.tar"), client)
-
-
-def cache_at(folder: Path, entries: float = 10, next_use: Callable[[str], float] = float, **more) -> Cache:
-    """Keys are numbers here, and by default a shard is needed at the time of its number."""
-    return Cache(folder, int(entries * ENTRY), next_use, **more)
-
-
-def fetched(lease: Lease | None) -> Lease:
-    assert lease is not None
-    return lease
-
-
-def taken(folder: Path) -> int:
-    """Bytes of the folder at one moment: under its lock, so that nothing is removed between two looks."""
-    with (folder / "lock").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        total = 0
-        for entry in os.scandir(folder):
-            try:
-                total += entry.stat().st_size
-            except FileNotFoundError:  # a fetch that is given up needs no lock to get smaller
-                continue
-        return total
 
 
 def test_a_shard_is_fetched_once_and_then_there(tmp_path: Path, server: FaultyServer, blob):
@@ -199,81 +154,6 @@ def test_never_over_budget_and_never_without_what_is_in_use(
             lease.release()
 
 
-def flip(cache: Cache, key: str) -> None:
-    """Change one byte, and nothing else that could be seen."""
-    path = cache.entries.path(key)
-    about = path.stat()
-    with path.open("r+b") as file:
-        file.seek(777)
-        byte = file.read(1)
-        file.seek(777)
-        file.write(bytes([byte[0] ^ 4]))
-    os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
-
-
-def test_a_damaged_copy_is_found_dropped_and_fetched_anew(tmp_path: Path, blob):
-    cache = cache_at(tmp_path)
-    fetched(cache.fetch("1", blob(1))).release()
-    assert not cache.suspect("1"), "a sound copy says that the source is damaged"
-    flip(cache, "1")
-    reader = fetched(cache.lookup("1"))  # nothing to be seen yet
-    assert cache.suspect("1")
-    assert "1" not in cache
-    with fetched(cache.fetch("1", blob(1))) as lease:
-        assert lease.read(0, SIZE) == content(1)
-        # The bad copy counts until its last user is done with it.
-        assert taken(tmp_path) > 2 * SIZE
-    reader.release()
-    fetched(cache.fetch("2", blob(2))).release()
-    assert [path for path in tmp_path.iterdir() if path.suffix == ".dead"] == []
-    assert cache.stats.corrupt == 1
-
-
-@pytest.mark.parametrize(
-    "damage", ["shorter", "rewritten", "no description", "bad description", "flipped before a boot"]
-)
-def test_damage_that_can_be_seen_is_seen_at_once(tmp_path: Path, blob, damage: str):
-    cache = cache_at(tmp_path)
-    fetched(cache.fetch("1", blob(1))).release()
-    path, about = cache.entries.path("1"), cache.entries.path("1", ".json")
-    if damage == "shorter":
-        os.truncate(path, SIZE - 1)
-    elif damage == "rewritten":
-        path.write_bytes(content(2))
-    elif damage == "no description":
-        about.unlink()
-    elif damage == "bad description":
-        about.write_text("{")
-    else:
-        flip(cache, "1")
-        about.write_text(json.dumps(json.loads(about.read_text()) | {"boot": "an earlier one"}))
-    assert cache.lookup("1") is None
-    with fetched(cache.fetch("1", blob(1))) as lease:
-        assert lease.read(0, SIZE) == content(1)
-    assert (cache.stats.corrupt, cache.stats.fetched) == (1, 2)
-
-
-def test_after_a_boot_a_sound_shard_is_checked_once(tmp_path: Path, server: FaultyServer, blob):
-    cache = cache_at(tmp_path)
-    fetched(cache.fetch("1", blob(1))).release()
-    about = cache.entries.path("1", ".json")
-    about.write_text(json.dumps(json.loads(about.read_text()) | {"boot": "an earlier one"}))
-    fetched(cache.lookup("1")).release()
-    assert json.loads(about.read_text())["boot"] == cache.entries.boot
-
-
-def test_another_object_of_that_name_is_not_served(tmp_path: Path, server: FaultyServer, blob):
-    cache = cache_at(tmp_path)
-    fetched(cache.fetch("1", blob(1))).release()
-    old = blob(1).identity()
-    fetched(cache.lookup("1", old)).release()
-    server.put("/1.tar", content(99))
-    assert cache.lookup("1", blob(1).identity()) is None
-    assert cache.stats.replaced == 1
-    with fetched(cache.fetch("1", blob(1))) as lease:
-        assert lease.read(0, 8) == b"00000099"
-
-
 def test_a_fetch_that_was_cut_goes_on_where_it_stopped(tmp_path: Path, server: FaultyServer):
     hasty = Client(QUICK.model_copy(update={"deadline": 0.2}))
     cache = cache_at(tmp_path)
@@ -367,53 +247,6 @@ def test_a_folder_that_cannot_be_one(tmp_path: Path):
     with pytest.raises(CacheError, match="cannot be a cache") as caught:
         Cache(tmp_path / "file", 10, float)
     assert isinstance(caught.value, GristmillError)
-
-
-def fill(path: Path) -> None:
-    """Take all that is left of a disk."""
-    with suppress(OSError), path.open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
-
-
-def test_a_full_disk_sends_readers_to_the_remote_and_says_so_once(small_disk: Path, server: FaultyServer, blob):
-    """The disk fills while a shard is on its way, which no looking ahead can prevent."""
-    said: list[str] = []
-    cache = Cache(small_disk / "cache", 10**9, float, say=said.append, disk_pause=0.0)
-    server.put("/1.tar", content(1, 400_000))
-    one = blob(1)
-    one.size()
-    server.fault("drip", rate=400_000, times=1)
-    with ThreadPoolExecutor(1) as pool:
-        job = pool.submit(cache.fetch, "1", one)
-        while cache.stats.bytes == 0:
-            time.sleep(0.005)
-        fill(small_disk / "other")
-        assert job.result() is None
-    assert not list((small_disk / "cache").glob("*.partial"))
-    (small_disk / "other").write_bytes(bytes(1_000_000))
-    assert cache.fetch("3", blob(3)) is None, "what does not fit on the disk is not begun"
-    assert one.read(10, 100) == content(1, 400_000)[10:110]
-    (small_disk / "other").unlink()
-    with fetched(cache.fetch("1", one)) as lease:
-        assert lease.read(0, 10**6) == content(1, 400_000)
-    assert cache.stats.fallbacks["disk"] >= 1
-    assert len(said) == 1
-    assert "is full" in said[0]
-    assert str(small_disk) in said[0]
-
-
-def test_a_disk_that_others_fill_makes_the_cache_smaller(small_disk: Path, blob):
-    cache = Cache(small_disk / "cache", 10**9, float)
-    for number in range(4):
-        fetched(cache.fetch(str(number), blob(number))).release()
-    (small_disk / "other").write_bytes(bytes(1_048_576 - 4 * SIZE - 60_000 - 40_000))
-    fetched(cache.fetch("0", blob(0))).release()
-    with fetched(cache.fetch("9", blob(9))) as lease:
-        assert lease.read(0, 8) == b"00000009"
-    assert cache.stats.evictions >= 1
-    assert "0" in cache
-    assert "3" not in cache
 
 
 def test_a_fork_does_not_take_leases_along(tmp_path: Path, blob):

@@ -16,7 +16,7 @@ from gristmill.shards.remote import HttpBlob
 
 from ..faulty_http import FaultyServer
 from ..workers import Workers
-from .test_cache import ENTRY, QUICK, SIZE, cache_at, content, fetched, taken
+from .cached import ENTRY, QUICK, SIZE, cache_at, content, fetched, taken
 
 IMPORTS = """
     import json, os, sys, time
@@ -35,12 +35,6 @@ IMPORTS = """
 def workers() -> Iterator[Workers]:
     with Workers(IMPORTS) as workers:
         yield workers
-
-
-@pytest.fixture
-def server() -> Iterator[FaultyServer]:
-    with FaultyServer({f"/{number}.tar": content(number) for number in range(12)}) as server:
-        yield server
 
 
 def test_processes_share_a_cache_within_its_budget(tmp_path: Path, server: FaultyServer, workers: Workers):

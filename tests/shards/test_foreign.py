@@ -1,6 +1,5 @@
 """Indexing what others made: everything is counted, nothing changed or lost, and a replaced shard is noticed."""
 
-import io
 import json
 import os
 import shutil
@@ -19,38 +18,14 @@ from gristmill.pipeline.order import Sequential
 from gristmill.pipeline.reader import DamageError, Reader
 from gristmill.shards import Finding, Manifest, ManifestError, Quarantine, ingest, verify
 from gristmill.shards.blob import Blob, LocalBlob
-from gristmill.shards.foreign import IndexingError, in_order, index_dataset
+from gristmill.shards.foreign import IndexingError, index_dataset
 from gristmill.shards.index import AGAIN, BARE, HIDDEN, LINKS, OUTSIDE, SIDES
 from gristmill.shards.index_report import SKIPPED
-from gristmill.shards.places import PlacesError, find_shards
+from gristmill.shards.places import find_shards
+
+from .tars import tar
 
 Picture = Callable[..., bytes]
-
-
-def tar(path: Path, entries: list[tuple[str, bytes | bytes]], links: dict[str, bytes] | None = None) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as file:
-        for name, kind in (links or {}).items():
-            member = tarfile.TarInfo(name)
-            member.type, member.linkname = kind, "/etc/passwd"
-            file.addfile(member)
-        for name, data in entries:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            file.addfile(member, io.BytesIO(data))
-    return path
-
-
-@pytest.fixture
-def folder(tmp_path: Path, picture: Picture) -> Path:
-    """Three shards of five samples, image and text."""
-    for shard in range(3):
-        entries = []
-        for number in range(5):
-            entries.append((f"{shard}{number}.jpg", picture("JPEG", 20 + number, 30, 5 * shard + number)))
-            entries.append((f"{shard}{number}.txt", b"caption"))
-        tar(tmp_path / "set" / f"{shard:03d}.tar", entries)
-    return tmp_path / "set"
 
 
 def read_all(root: Path, scratch: Path) -> list[tuple[str, bytes]]:
@@ -88,7 +63,7 @@ def test_everything_is_counted(tmp_path: Path, picture: Picture) -> None:
         ("a/key.PNG", picture("PNG")),  # comes again
         ("text.txt", b"x"),
     ]
-    tar(tmp_path / "set" / "a.tar", entries, links)
+    tar(tmp_path / "set" / "a.tar", entries, links=links)
     report = index_dataset(find_shards([tmp_path / "set"]), tmp_path / "set")
     rows = Manifest.open(tmp_path / "set").rows(0)
     assert rows.keys == ["a/key", "b/key", "a.b/key", "/absolute", "../../up", "a/key"]
@@ -252,40 +227,6 @@ def test_a_shard_replaced_while_it_is_indexed(folder: Path) -> None:
         index_dataset(find_shards([folder]), folder, opener=Slow)
 
 
-def test_places(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tar(folder / "sub" / "a:b.tar", [])
-    (folder / "loop").symlink_to(folder)
-    (folder / "linked.tar").symlink_to(folder / "000.tar")
-    (folder / "notes.txt").write_text("x")
-    names = ["000.tar", "001.tar", "002.tar", "linked.tar", "sub/a:b.tar"]
-    assert find_shards([folder]) == [str(folder / name) for name in names]
-    listed = tmp_path / "list.txt"
-    listed.write_text("# shards\nset/{001..002}.tar\n\n https://host/x-{0..1}.tar \ns3://bucket/y.tar\n")
-    expected = [str(folder / "001.tar"), str(folder / "002.tar"), "https://host/x-0.tar", "https://host/x-1.tar"]
-    assert find_shards([listed]) == [*expected, "s3://bucket/y.tar"]
-    monkeypatch.chdir(tmp_path)
-    assert find_shards(["set/00{0,2}.tar", f"file://{folder}/001.tar"]) == [
-        str(folder / name) for name in ("000.tar", "002.tar", "001.tar")
-    ]
-    (tmp_path / "empty").mkdir()
-    for sources, message in [
-        (["nowhere"], "nowhere is not there: name a folder"),
-        (["empty"], "no shard"),
-        (["set/{000..005}.tar"], r"003\.tar, out of .* is not there"),
-        (["set", "set/001.tar"], "named twice"),
-        (["https://user:secret@host/{0..99999999}.tar"], "more than"),
-        (["https://host/" + "{a,b}" * 40], "more than"),
-        (["https://user:secret@host/{0..9.tar"], "not closed: close it"),
-        ([b"set/\xff.tar".decode("utf-8", "surrogateescape")], "is not there|cannot be written down"),
-    ]:
-        with pytest.raises(PlacesError, match=message) as caught:
-            find_shards(sources)
-        assert "secret" not in str(caught.value)
-    listed.write_text("set/001.tar\nlist.txt\n")
-    with pytest.raises(PlacesError, match=r"list\.txt, line 2"):
-        find_shards([listed])
-
-
 def test_a_manifest_elsewhere_names_shards_by_their_whole_path(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "index"
     index_dataset(find_shards([folder]), out, idx=True)
@@ -369,21 +310,6 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(folder: Path, small_disk: P
         index_dataset(find_shards([folder]), small_disk / "out", idx=True)
     assert not (small_disk / "out" / "dataset.json").exists()
     assert not list((small_disk / "out").rglob("*.partial"))
-
-
-def test_in_order_keeps_the_order_and_stays_ahead_by_little() -> None:
-    started: list[int] = []
-
-    def work(item: int) -> int:
-        started.append(item)
-        time.sleep(0.002 * (item % 3))
-        return item
-
-    for taken, result in enumerate(in_order(work, range(60), 4)):
-        assert result == taken
-        assert len(started) <= taken + 1 + 2 * 4 + 1
-    with pytest.raises(ZeroDivisionError):
-        list(in_order(lambda item: 1 // item, [1, 0, 1], 2))
 
 
 def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

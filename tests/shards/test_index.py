@@ -11,29 +11,14 @@ from gristmill.shards.index import ShardError, index_shard, members
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+from .tars import FORMATS, by_tarfile, tar
+
 # A tar's names are bytes; these are text without NUL, and no name is empty or ends as a folder.
 letters = st.characters(exclude_characters="\0/", exclude_categories=["Cs"])
 parts = st.text(letters, min_size=1, max_size=12) | st.text("abcxyz", min_size=90, max_size=120)
 files = st.lists(
     st.tuples(st.lists(parts, min_size=1, max_size=3).map("/".join), st.binary(max_size=1500)), min_size=1, max_size=6
 )
-
-
-def tar(path: Path, entries: list[tuple[str, bytes]], kind: str = "ustar", **info: object) -> Path:
-    with tarfile.open(path, "w", format=FORMATS[kind]) as file:
-        for name, data in entries:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            for key, value in info.items():
-                setattr(member, key, value)
-            file.addfile(member, io.BytesIO(data))
-    return path
-
-
-def by_tarfile(path: Path) -> list[tuple[str, int, int]]:
-    with tarfile.open(path) as file:
-        return [(member.name, member.offset_data, member.size) for member in file if member.isreg()]
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,13 +15,7 @@ from gristmill.shards.prefetch import Prefetcher
 from gristmill.shards.remote import HttpBlob
 
 from ..faulty_http import FaultyServer
-from .test_cache import ENTRY, QUICK, content, fetched, taken
-
-
-@pytest.fixture
-def server() -> Iterator[FaultyServer]:
-    with FaultyServer({f"/{number}.tar": content(number) for number in range(12)}) as server:
-        yield server
+from .cached import ENTRY, QUICK, content, fetched, taken
 
 
 class Stream:

@@ -4,7 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from gristmill.shards import Finding, Manifest, ManifestError, ingest, verify
+from gristmill.shards import Finding, Manifest, ManifestError, index_dataset, ingest, verify
+
+from ..faulty_http import FaultyServer
 
 
 @pytest.fixture
@@ -70,3 +72,17 @@ def test_rows_that_cannot_be_read(sound: Manifest) -> None:
 def test_a_folder_that_is_no_data_set_raises(tmp_path: Path) -> None:
     with pytest.raises(ManifestError):
         verify(tmp_path)
+
+
+def test_shards_behind_a_url_are_not_fetched_image_by_image(
+    sound: Manifest, server: FaultyServer, tmp_path: Path
+) -> None:
+    for shard, url in enumerate(sound.urls):
+        server.put(f"/set/{url}", sound.path(shard).read_bytes())
+    index_dataset([server.url(f"/set/{url}") for url in sound.urls], tmp_path / "index")
+    server.log.clear()
+    assert verify(tmp_path / "index", deep=True) == []
+    assert len(server.asked()) < sound.samples
+    server.files["/set/000001.tar"] = server.files["/set/000001.tar"][: int(sound.rows(1).offset[4]) + 20]
+    keys = [finding.key for finding in verify(tmp_path / "index", deep=True)]
+    assert keys == [None, None, *sound.rows(1).keys[4:]]
