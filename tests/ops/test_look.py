@@ -11,29 +11,12 @@ from gristmill.ops import look
 from gristmill.ops.look import show_order
 from gristmill.pipeline.growth import Grown
 from gristmill.pipeline.order import Order
-from gristmill.shards.manifest import Manifest, Rows
+from gristmill.shards.manifest import Manifest
 from gristmill.shards.tombstones import Tombstones
-from gristmill.shards.writer import write_manifest
+
+from ..pipeline.rows import write_rows
 
 PLAIN = {"step": 0, "batch": 12, "ranks": 3, "seed": 5, "lanes": 4, "window": 16, "prove": False}
-
-
-def write(root: Path, counts: list[int]) -> Manifest:
-    shards = []
-    for shard, n in enumerate(counts):
-        number = np.arange(n) + 1000 * shard
-        rows = Rows(
-            [f"{root.name}-{i:05d}" for i in number],
-            np.arange(n) * 1024 + 512,
-            number + 1,
-            number.astype(np.uint32),
-            (number % 7 + 1).astype(np.int32),
-            (number % 5 + 1).astype(np.int32),
-            ["jpg"] * n,
-        )
-        shards.append((f"{shard}.tar", 1024 * n, rows))
-    write_manifest(root, shards)
-    return Manifest.open(root)
 
 
 def show(folders: Any, **options: Any) -> int:
@@ -42,7 +25,7 @@ def show(folders: Any, **options: Any) -> int:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Manifest:
-    return write(tmp_path / "a", [30, 1, 45, 8])
+    return write_rows(tmp_path / "a", [30, 1, 45, 8])
 
 
 @pytest.fixture
@@ -73,7 +56,7 @@ def test_a_step_by_rank(data, answer, capsys):
 
 
 def test_a_filter_a_mixture_and_removed_samples_show(data, tmp_path, answer, capsys):
-    other = write(tmp_path / "b", [40, 2])
+    other = write_rows(tmp_path / "b", [40, 2])
     Tombstones.of(data).remove(data, ["a-00003", "a-02005"], "asked")
     got, _ = answer([data.root, other.root], where="width > 3", weights=[3, 1], batch=768)
     wide = [sum(int((part.rows(s).width > 3).sum()) for s in range(len(part.urls))) for part in (data, other)]
@@ -104,7 +87,7 @@ def test_the_proof_holds(data, tmp_path, answer, capsys):
         "filtered_but_seen": 0,
         "out_of_turn": 0,
     }
-    other = write(tmp_path / "b", [400, 20])
+    other = write_rows(tmp_path / "b", [400, 20])
     got, code = answer([data.root, other.root], where="height != 2", weights=[0.25, 0.75], prove=True)
     assert code == 0
     for entry in got["proof"]:
@@ -133,7 +116,7 @@ def test_the_proof_fails_on_a_faulty_order(data, tmp_path, answer, monkeypatch, 
         monkeypatch.setattr(look.Source, "rows", lambda self, shard, rank: rank)
     folders = [data.root]
     if fault == "turn":
-        folders.append(write(tmp_path / "b", [50]).root)
+        folders.append(write_rows(tmp_path / "b", [50]).root)
         at = look.Stream.__init__
 
         def twisted(self, *args, **kwargs):
@@ -165,7 +148,7 @@ def test_the_quality_and_the_working_set(data, answer, capsys):
 
 
 def test_a_mixture_shares_the_cache(data, tmp_path, answer):
-    other = write(tmp_path / "b", [40, 2])
+    other = write_rows(tmp_path / "b", [40, 2])
     both = int(data.shard_bytes.sum() + other.shard_bytes.sum())
     assert answer([data.root, other.root], quality=True, cache=both, window=99)[1] == 0
     got, code = answer([data.root, other.root], quality=True, cache=both - 1, window=99)

@@ -15,11 +15,11 @@ from gristmill.pipeline.philox import SUBSTITUTE, integers
 from gristmill.pipeline.selection import Selection
 from gristmill.pipeline.source import Removals, Source
 from gristmill.pipeline.stream import Stream
-from gristmill.shards.manifest import Manifest, Rows
 from gristmill.shards.tombstones import Tombstones
-from gristmill.shards.writer import write_manifest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from .rows import write_rows
 
 seeds = st.integers(0, 2**64 - 1)
 
@@ -330,32 +330,14 @@ print(new.samples, len(np.unique(ids, axis=0)), int(peak.split()[1]) // 1024, le
 
 def test_from_a_folder(tmp_path: Path):
     """With real manifests: columns, digests of the first shards, and the tombstones file."""
-
-    def write(root, counts):
-        shards = []
-        for shard, n in enumerate(counts):
-            number = np.arange(n) + 100 * shard
-            rows = Rows(
-                [f"{i:04d}" for i in number],
-                np.arange(n) * 1024 + 512,
-                number + 1,
-                number.astype(np.uint32),
-                (number % 7 + 1).astype(np.int32),
-                (number % 5 + 1).astype(np.int32),
-                ["jpg"] * n,
-            )
-            shards.append((f"{shard}.tar", 1024 * n, rows))
-        write_manifest(root, shards)
-        return Manifest.open(root)
-
-    data = write(tmp_path, [20, 30])
+    data = write_rows(tmp_path / "a", [20, 30])
     stream = Stream([Source.of(data, where="width > 3")], 1, 2, 8)
     for shard, row in ids(stream, 0, stream.samples):
         assert data.rows(shard).width[row] > 3
     cursor = at(stream, 10)
     assert cursor.data == data.digest
-    Tombstones.of(data).remove(data, ["0003"], "asked")
-    grown = write(tmp_path, [20, 30, 40])
+    Tombstones.of(data).remove(data, ["a-00003"], "asked")
+    grown = write_rows(tmp_path / "a", [20, 30, 40])
     again = Stream([Source.of(grown, where="width > 3")], 1, 2, 8, cursor=cursor)
     assert again.cursor.data == grown.digest != data.digest
     assert again.cursor.removed == ((1, Tombstones.of(grown).digest()),)
