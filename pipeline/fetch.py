@@ -110,7 +110,10 @@ class Fetcher:
         self._crew: Crew | None = None
         self._pid = os.getpid()
         self._foresight = Foresight(order, len(library), lanes)
-        remote = {self._key(s): s for s in range(len(library)) if is_remote(library.place(s))} if cache else {}
+        # Under which the cache knows a shard, for all runs of the node; empty for those that it does not hold.
+        places = map(library.place, range(len(library) if cache else 0))
+        self._keys = [redact(place) if is_remote(place) else "" for place in places]
+        remote = {key: shard for shard, key in enumerate(self._keys) if key}
         if cache is not None and remote:
             self.cache = Cache(cache.folder, cache.bytes, _NextUse(remote, self._foresight))
             self.prefetcher = Prefetcher(
@@ -189,7 +192,7 @@ class Fetcher:
         if found.lease is None or self.cache is None:
             return False
         self.thin([shard], all_of_them=True)
-        return self.cache.suspect(self._key(shard))
+        return self.cache.suspect(self._keys[shard])
 
     def settle(self, position: int, batch: int) -> None:
         """Between batches: the stream goes on at `position`; give back what is not needed for a while."""
@@ -279,7 +282,7 @@ class Fetcher:
         if self.cache is None:
             return None
         with self._doing("cache", shard):
-            lease = self.cache.lookup(self._key(shard))
+            lease = self.cache.lookup(self._keys[shard])
             if lease is None:
                 return None
             try:
@@ -339,10 +342,6 @@ class Fetcher:
             sink(memoryview(blob.read(offset, len(target))))
         return at
 
-    def _key(self, shard: int) -> str:
-        """Under which the cache knows the shard, for all runs of the node."""
-        return redact(self.library.place(shard))
-
     def _blob(self, shard: int) -> Blob:
         if shard not in self._blobs:
             self._blobs[shard] = open_blob(self.library.place(shard), policy=self.policy)
@@ -351,11 +350,11 @@ class Fetcher:
     def _upcoming(self, budget: int) -> Iterator[str]:
         """What the cache should hold from now on, soonest first."""
         for shard in self._foresight.soonest().tolist():
-            if is_remote(self.library.place(shard)):
+            if key := self._keys[shard]:
                 budget -= int(self.library.bytes[shard])
                 if budget < 0:
                     return
-                yield self._key(shard)
+                yield key
 
 
 class _NextUse:

@@ -2,13 +2,14 @@
 
 The order is known, so this is no guess. A shard is open while one of the windows that it lies in is (order.py): between
 two positions that are worked out for all shards of an epoch at once. A mixture runs through each data set's order at
-the pace of its weight. Where shards were taken up in mid-epoch the windows of two orders interleave; there, the next
-positions are simply looked up. Only the cache goes by this: what is read does not depend on it.
+the pace of its weight. Until shards that were taken up in mid-epoch have an epoch of their own the windows of two orders
+interleave; there, the next positions are simply looked up. Only the cache goes by this: what is read does not depend on it.
 """
 
 from __future__ import annotations
 
 import threading
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from .order import Ints, Locator, Order, Sequential
 from .stream import Stream
 
 AHEAD = 1 << 17  # positions that are looked up where they cannot be worked out
-_KEPT = 4  # epochs' spans
+_KEPT = 2  # epochs of each order, whose spans are looked at: the one that is open and the next
 
 
 class Foresight:
@@ -33,7 +34,8 @@ class Foresight:
         self._at = -1
         self._next: NDArray[np.float64] = np.zeros(shards)
         self._soonest: Ints = np.zeros(0, np.int64)
-        self._spans: dict[tuple[int, int], tuple[Ints, Ints, Ints]] = {}
+        orders = len(order.sources) if isinstance(order, Stream) else 1
+        self._spans = lru_cache(maxsize=_KEPT * orders)(self._open_spans)
         self._lock = threading.Lock()
 
     def go(self, position: int) -> None:
@@ -61,48 +63,45 @@ class Foresight:
     def _compute(self, position: int) -> NDArray[np.float64]:
         order = self.order
         if isinstance(order, Order):
-            return self._of(order, 0, position)
+            return self._of(order, position)
         if isinstance(order, Sequential):
             start = np.cumsum(order.counts) - order.counts
             now = position % order.samples
             past = start + order.counts <= now
             ahead = np.where(past, start + order.samples, np.maximum(start, now)) - now
             return np.where(order.counts > 0, position + ahead, np.inf)
-        if isinstance(order, Stream) and all(len(grown.taken) == 1 for grown in order.orders):
-            return self._of_stream(order, position)
-        return self._looked_up(position)
+        found = self._of_stream(order, position) if isinstance(order, Stream) else None
+        return self._looked_up(position) if found is None else found
 
-    def _of_stream(self, stream: Stream, position: int) -> NDArray[np.float64]:
+    def _of_stream(self, stream: Stream, position: int) -> NDArray[np.float64] | None:
         found = np.full(self.shards, np.inf)
-        own = stream.mixing.counts(position)
+        counts = stream.mixing.counts(position).tolist()
         weights = stream.cursor.mixture[-1][1] if stream.cursor.mixture else (1.0,)
         parts = proportions(weights, len(stream.sources))
-        for number, grown in enumerate(stream.orders):
-            here = slice(int(stream.first[number]), int(stream.first[number]) + grown.latest.counts.size)
-            if parts[number]:
-                pace = sum(parts) / parts[number]
-                found[here] = position + (self._of(grown.latest, number, int(own[number])) - own[number]) * pace
+        for grown, part, count, first in zip(stream.orders, parts, counts, stream.first.tolist(), strict=False):
+            if part:
+                if (ahead := grown.ahead(count)) is None:
+                    return None
+                own = count + ahead
+                here = slice(first, first + len(grown.latest.counts))
+                found[here] = position + (self._of(grown.latest, own) - own) * (sum(parts) / part)
         return found
 
-    def _of(self, order: Order, number: int, position: int) -> NDArray[np.float64]:
+    def _of(self, order: Order, position: int) -> NDArray[np.float64]:
         found = np.full(len(order.counts), np.inf)
         epoch = position // order.samples
         for e in (epoch, epoch + 1):
-            shard, first, last = self._spans_of(order, number, e)
+            shard, first, last = self._spans(order, e)
             open_ = last >= position
             np.minimum.at(found, shard[open_], np.maximum(first[open_], position))
         return found
 
-    def _spans_of(self, order: Order, number: int, epoch: int) -> tuple[Ints, Ints, Ints]:
-        if (number, epoch) not in self._spans:
-            shard, lane, first, last = order.open_spans(epoch)
-            if self.lanes is not None:
-                mine = np.isin(lane, self.lanes) | (lane < 0)
-                shard, first, last = shard[mine], first[mine], last[mine]
-            while len(self._spans) >= _KEPT * max(1, number + 1):
-                self._spans.pop(next(iter(self._spans)))
-            self._spans[number, epoch] = shard, first, last
-        return self._spans[number, epoch]
+    def _open_spans(self, order: Order, epoch: int) -> tuple[Ints, Ints, Ints]:
+        shard, lane, first, last = order.open_spans(epoch)
+        if self.lanes is None:
+            return shard, first, last
+        mine = np.isin(lane, self.lanes) | (lane < 0)
+        return shard[mine], first[mine], last[mine]
 
     def _looked_up(self, position: int) -> NDArray[np.float64]:
         found = np.full(self.shards, np.inf)

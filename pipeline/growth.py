@@ -30,8 +30,13 @@ class _Era:
     epoch: int
     order: Order
 
+    @property
+    def ahead(self) -> int:
+        """How far the order's own position is ahead of the stream's."""
+        return self.epoch * self.order.samples - self.start
+
     def locate(self, positions: Ints) -> tuple[Ints, Ints]:
-        return self.order.locate(positions - self.start + self.epoch * self.order.samples)
+        return self.order.locate(positions + self.ahead)
 
     def opened(self, position: int) -> tuple[int, int]:
         """(number of the epoch that is open or begins at this position, samples left of one that is open)."""
@@ -105,9 +110,11 @@ class Grown:
     @property
     def latest(self) -> Order:
         """The order over all shards that are taken up."""
-        segment = self._segments[-1]
-        assert isinstance(segment, _Era)  # behind every bridge there is one
-        return segment.order
+        return self._last.order
+
+    def ahead(self, position: int) -> int | None:
+        """How far `latest` is ahead of this position, where it is all that is read from there on; None before that."""
+        return self._last.ahead if position >= self._last.start else None
 
     def epoch(self, position: int) -> int:
         """How often the whole data set, as far as it was there, was read before this position."""
@@ -130,6 +137,12 @@ class Grown:
     @cached_property
     def _pools(self) -> list[Sequential]:
         return [Sequential(self.counts[:number]) for _, number in self.taken]
+
+    @property
+    def _last(self) -> _Era:
+        segment = self._segments[-1]
+        assert isinstance(segment, _Era)  # behind every bridge there is one
+        return segment
 
     def _order(self, first: int, stop: int, seed: int) -> Order:
         return Order(self.counts[first:stop], seed, self.lanes, self.window)

@@ -96,9 +96,16 @@ def test_a_data_set_of_weight_zero_is_not_needed():
     assert np.isinf(expected[3:]).all()
 
 
-def test_shards_taken_up_on_the_way_are_looked_up():
+def test_shards_taken_up_on_the_way_are_looked_up_until_their_own_epoch_begins(monkeypatch):
     old = Stream([source("a", [30] * 4)], 0, 2, 16)
     cursor = old.cursor.advance(37, committed=True)
     stream = Stream([source("a", [30] * 6)], 0, 2, 16, cursor=cursor, take_up=50)
-    _, expected = looked(stream, 6, 37)
-    assert np.array_equal(expected, first_uses(stream, 6, 37, 2 * stream.samples))
+    for position in (37, 50, 179):
+        _, expected = looked(stream, 6, position)
+        assert np.array_equal(expected, first_uses(stream, 6, position, 2 * stream.samples))
+    assert stream.epoch(180) == 1
+    monkeypatch.setattr(Foresight, "_looked_up", None)  # from there on one order is read, and worked out
+    for position in range(180, 600, 7):
+        _, expected = looked(stream, 6, position)
+        assert (expected >= position).all()
+        assert (expected <= first_uses(stream, 6, position, 2 * stream.samples)).all()
