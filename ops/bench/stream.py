@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -89,21 +90,18 @@ def _apart(what: str, root: Path, samples: int) -> dict[str, Any]:
     return json.loads(lines[-1])
 
 
-_READERS: dict[str, Reader] = {}
+@lru_cache
+def _reader(root: Path, order: str, threads: int) -> Reader:
+    """One reader for one epoch after the other, as in training: shards' rows are read in the first one only."""
+    manifest = Manifest.open(root / "data" / "train")
+    kind = Sequential(manifest.counts) if order == "sequential" else Order(manifest.counts, 0, 1, 1 << 22)
+    return Reader(manifest, Quarantine(root / "quarantine.jsonl"), order=kind, seed=0, threads=threads)
 
 
-def _ours(root: Path, order: str, threads: int = 2) -> Iterator[int]:
-    """One epoch after the other with one reader, as in training, so that shards' rows are read in the first one only."""
-    if order not in _READERS:
-        manifest = Manifest.open(root / "data" / "train")
-        kind = Sequential(manifest.counts) if order == "sequential" else Order(manifest.counts, 0, 1, 1 << 22)
-        quarantine = Quarantine(root / "quarantine.jsonl")
-        _READERS[order] = Reader(manifest, quarantine, order=kind, seed=0, threads=threads)
-    reader = _READERS[order]
+def _ours(root: Path, order: str, threads: int = 2) -> Iterator[np.ndarray]:
+    reader = _reader(root, order, threads)
     for first in range(0, reader.library.samples, BATCH):
-        stop = min(first + BATCH, reader.library.samples)
-        yield sum(map(len, reader.read(np.arange(first, stop)).data))
-        yield first - stop  # how many they were, negative
+        yield from reader.read(np.arange(first, min(first + BATCH, reader.library.samples))).data
 
 
 def _webdataset(root: Path, buffer: int = 0) -> Iterator[bytes]:
@@ -124,7 +122,8 @@ def _dali(root: Path) -> Iterator[np.ndarray]:
         paths.append(str(manifest.path(shard)))
         indices.append(str(root / f"{shard}.idx"))
         if not os.path.exists(indices[-1]):
-            write_idx(Path(indices[-1]), sample_shard(LocalBlob(paths[-1])))
+            with LocalBlob(paths[-1]) as blob:
+                write_idx(Path(indices[-1]), sample_shard(blob))
     yield from raw_webdataset(paths, indices, BATCH, manifest.samples)
 
 
@@ -188,7 +187,8 @@ def _energon(root: Path) -> Iterator[bytes]:
             return
 
 
-READERS: dict[str, Callable[[Path], Iterator[Any]]] = {
+ReadAll = Callable[[Path], Iterator[bytes | np.ndarray]]  # every encoded image once
+READERS: dict[str, ReadAll] = {
     "webdataset": _webdataset,
     "webdataset, buffer of 1000": lambda root: _webdataset(root, 1000),
     "gristmill, shuffled": lambda root: _ours(root, "shuffled"),
@@ -201,14 +201,11 @@ READERS: dict[str, Callable[[Path], Iterator[Any]]] = {
 }
 
 
-def read_all(reader: Callable[[Path], Iterator[Any]], root: Path) -> tuple[int, int]:
+def read_all(reader: ReadAll, root: Path) -> tuple[int, int]:
     """One pass: images and bytes read."""
     count = total = 0
-    for item in reader(root):
-        if isinstance(item, int):  # ours tells of batches: their bytes, then minus their number
-            count, total = count - min(item, 0), total + max(item, 0)
-        else:
-            count, total = count + 1, total + len(item)
+    for image in reader(root):
+        count, total = count + 1, total + len(image)
     return count, total
 
 
@@ -220,7 +217,7 @@ def cpu_seconds() -> float:
     )
 
 
-def _measure(reader: Callable[[Path], Iterator[Any]], root: Path, samples: int) -> dict[str, float]:
+def _measure(reader: ReadAll, root: Path, samples: int) -> dict[str, float]:
     expected = Manifest.open(root / "data" / "train")
     want = int(sum(expected.rows(shard).length.sum() for shard in range(len(expected.urls))))
     first = read_all(reader, root)
@@ -253,11 +250,8 @@ def _scale(samples: int) -> dict[str, float]:
     shards = min(_SHARDS, max(1, samples // 1000))
     before = _memory("VmRSS")
     begin = time.perf_counter()
-    counts = np.full(shards, samples // shards, np.int64)
-    cursor = Stream([Source("synthetic", counts, lambda n: f"{n:032x}")], 0).cursor
-    stream = Stream(
-        [Source("synthetic", counts, lambda n: f"{n:032x}")], 0, cursor=cursor.advance(samples // 2 + 7, committed=True)
-    )
+    sources = [Source("synthetic", np.full(shards, samples // shards, np.int64), lambda n: f"{n:032x}")]
+    stream = Stream(sources, 0, cursor=Stream(sources, 0).cursor.advance(samples // 2 + 7, committed=True))
     made = time.perf_counter()
     stream.locate(np.arange(2048) + stream.cursor.position)
     done = time.perf_counter()
