@@ -9,13 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from math import gcd
 
 import numpy as np
 
 from ..pipeline.cursor import Cursor
 from ..pipeline.loader import Loader
-from ..pipeline.quality import WorkingSet, WorkingSetError, check_working_set, size, working_set
+from ..pipeline.quality import check_together, node_lanes
 from ..pipeline.standalone import open_sources
 from ..pipeline.stream import Stream
 from ..shards.errors import GristmillError
@@ -31,10 +30,8 @@ class Feed:
 
     def __init__(self, recipe: Recipe, rank: int, world: int) -> None:
         self.recipe, self.rank, self.world = recipe, rank, world
-        cache = recipe.stream.cache
         entries = [source.model_dump() for source in recipe.sources]
-        self.manifests, self.sources = open_sources(entries, cache.folder / "manifests" if cache else None)
-        self.manifest = self.manifests[0]
+        self.manifests, self.sources = open_sources(entries, recipe.stream.cache)
         selected = sum(int(source.selected.sum()) for source in self.sources)
         if selected < recipe.batch:
             names = ", ".join(source.name for source in self.sources)
@@ -104,30 +101,19 @@ class Feed:
         cache = self.recipe.stream.cache
         if cache is None:
             return
-        together = WorkingSet(0, 0, 0)
-        for manifest, order in zip(self.manifests, stream.orders, strict=True):
-            latest = order.latest
-            remote = np.array([is_remote(manifest.place(shard)) for shard in range(len(latest.counts))])
-            sizes = np.where(remote, manifest.shard_bytes[: len(latest.counts)], 0)
-            if len(stream.sources) == 1:
-                how = {"batch": self.recipe.batch, "ranks": self.world, "ranks_per_node": self.ranks_per_node}
-                check_working_set(latest, sizes, cache.bytes, **how)
-                return
-            held = working_set(latest, sizes)
-            together = WorkingSet(
-                together.shards + held.shards, together.bytes + held.bytes, together.lanes + held.lanes
-            )
-        if together.bytes > cache.bytes:
-            raise WorkingSetError(
-                f"the data sets together keep {together.shards} shards open at once on a node ({size(together.bytes)}), but "
-                f"stream.cache may hold {size(cache.bytes)}: lower stream.window or stream.lanes, or give the cache as much"
-            )
+        orders = [order.latest for order in stream.orders]
+        sizes = []
+        for manifest, order in zip(self.manifests, orders, strict=True):
+            remote = np.array([is_remote(manifest.place(shard)) for shard in range(len(order.counts))])
+            sizes.append(np.where(remote, manifest.shard_bytes[: len(remote)], 0))
+        how = {"batch": self.recipe.batch, "ranks": self.world, "ranks_per_node": self.ranks_per_node}
+        check_together(orders, sizes, cache.bytes, **how)
 
     def _lanes(self) -> np.ndarray | None:
         """The lanes that this node reads, if they are not all and can be told."""
-        lanes, batch = self.recipe.stream.lanes, self.recipe.batch
-        share, step = batch // self.world * self.ranks_per_node, gcd(batch, lanes)
-        if len(self.sources) > 1 or share >= step:
+        if len(self.sources) > 1:
             return None
-        start = self.rank // self.ranks_per_node * share
-        return np.unique((np.arange(0, lanes, step)[:, None] + (start + np.arange(share))[None, :]) % lanes)
+        lanes = self.recipe.stream.lanes
+        nodes = node_lanes(lanes, self.recipe.batch, self.world, self.ranks_per_node)
+        mine = nodes[self.rank // self.ranks_per_node]
+        return mine if len(mine) < lanes else None

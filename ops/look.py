@@ -15,7 +15,7 @@ from typing import Any
 import click
 import numpy as np
 
-from ..pipeline.quality import WorkingSet, WorkingSetError, check_working_set, compare, size, suggest, working_set
+from ..pipeline.quality import WorkingSetError, check_together, compare, size, suggest, working_set
 from ..pipeline.stream import Source, Stream
 from ..shards.manifest import Manifest
 from .progress import Meter
@@ -59,11 +59,12 @@ def show_order(
             sources.append(Source.of(manifest, where=where, weight=weight, progress=meter))
     stream = Stream(sources, seed, lanes, window)
     about = _about(stream)
-    code = 0
+    good = True
     if prove:
-        about["proof"], code = _prove(stream, quiet=as_json)
+        about["proof"], good = _prove(stream, quiet=as_json)
     if quality or cache is not None:
-        about["quality"], code = _quality(stream, manifests, batch, ranks, ranks_per_node or ranks, cache, code)
+        about["quality"], fits = _quality(stream, manifests, batch, ranks, ranks_per_node or ranks, cache)
+        good = good and fits
     if not prove and not quality and cache is None:
         about |= _step(stream, manifests, step, batch, ranks)
     if as_json:
@@ -71,7 +72,7 @@ def show_order(
     else:
         for line in _lines(about):
             click.echo(line)
-    return code
+    return 0 if good else 1
 
 
 def suggested(
@@ -127,7 +128,7 @@ def _step(stream: Stream, manifests: list[Manifest], step: int, batch: int, rank
     return {"step": step, "batch": batch, "epochs": epochs, "distinct_shards": len(np.unique(shards)), "images": images}
 
 
-def _prove(stream: Stream, *, quiet: bool) -> tuple[list[dict[str, Any]], int]:
+def _prove(stream: Stream, *, quiet: bool) -> tuple[list[dict[str, Any]], bool]:
     """Count every sample over each data set's first epoch, and that its own positions come one after the other."""
     proof = []
     with Meter("prove", stream.samples, quiet=quiet) as meter:
@@ -175,7 +176,7 @@ def _prove(stream: Stream, *, quiet: bool) -> tuple[list[dict[str, Any]], int]:
         and not entry["never"] + entry["more"] + entry["filtered_but_seen"] + entry["out_of_turn"]
         for entry in proof
     )
-    return proof, 0 if good else 1
+    return proof, good
 
 
 def _quality(
@@ -185,37 +186,28 @@ def _quality(
     ranks: int,
     ranks_per_node: int,
     cache: int | None,
-    code: int,
-) -> tuple[list[dict[str, Any]], int]:
-    """Shuffle quality and working set of each data set; exit code 1 if a cache is given that does not hold them."""
-    answers = []
-    together = WorkingSet(0, 0, 0)
-    alone = len(stream.sources) == 1
-    for source, order, manifest in zip(stream.sources, stream.orders, manifests, strict=True):
-        sizes = manifest.shard_bytes
-        how: dict[str, Any] = {"batch": batch if alone else None, "ranks": ranks, "ranks_per_node": ranks_per_node}
-        held = working_set(order.latest, sizes, **how)
-        together = WorkingSet(together.shards + held.shards, together.bytes + held.bytes, together.lanes + held.lanes)
+) -> tuple[list[dict[str, Any]], bool]:
+    """Shuffle quality and working set of each data set, and whether a cache that is given holds them."""
+    answers, fits = [], True
+    orders, shard_bytes = [order.latest for order in stream.orders], [manifest.shard_bytes for manifest in manifests]
+    how: dict[str, Any] = {"batch": batch, "ranks": ranks, "ranks_per_node": ranks_per_node}
+    for source, order, sizes in zip(stream.sources, orders, shard_bytes, strict=True):
+        held = working_set(order, sizes, **how if len(orders) == 1 else {})
         lanes, window = suggest(source.selected, shard_bytes=sizes, budget=cache)
-        entry: dict[str, Any] = {
-            "name": source.name,
-            "measures": [asdict(row) for row in compare(order.latest, batch=batch)],
-            "working_set": asdict(held),
-            "suggested": {"lanes": lanes, "window": window},
-        }
-        if cache is not None and alone:
-            try:
-                check_working_set(order.latest, sizes, cache, **how)
-            except WorkingSetError as error:
-                entry["refused"], code = str(error), 1
-        answers.append(entry)
-    if cache is not None and not alone and together.bytes > cache:
-        answers[0]["refused"], code = (
-            f"the data sets together keep {together.shards} shards open at once on a node ({size(together.bytes)}), but "
-            f"the cache may hold {size(cache)}: lower stream.window or stream.lanes, or give the cache as much",
-            1,
+        answers.append(
+            {
+                "name": source.name,
+                "measures": [asdict(row) for row in compare(order, batch=batch)],
+                "working_set": asdict(held),
+                "suggested": {"lanes": lanes, "window": window},
+            }
         )
-    return answers, code
+    if cache is not None:
+        try:
+            check_together(orders, shard_bytes, cache, **how)
+        except WorkingSetError as error:
+            answers[0]["refused"], fits = str(error), False
+    return answers, fits
 
 
 def _lines(about: dict[str, Any]) -> list[str]:

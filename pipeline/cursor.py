@@ -188,7 +188,7 @@ _SHAPES = {
     "trained": _count,
     "skipped": _ranges,
     "mixture": _mixture,
-    "quarantine": lambda value: _record(value),
+    "quarantine": _record,
     "where": lambda value: isinstance(value, str),
     "grown": _grown,
     "removed": lambda value: _pairs(value) and all(map(_record, value)),

@@ -52,8 +52,3 @@ class Library:
         """Path or url. May hold a secret: show `name`."""
         manifest, number = self.split(shard)
         return manifest.place(number)
-
-    def identity(self, shard: int) -> str | None:
-        """What a quick index took down."""
-        manifest, number = self.split(shard)
-        return manifest.identities[number]

@@ -27,7 +27,7 @@ from .augment import DecodeError
 from .batch import Batch, Executor, LoaderError, StallError
 from .buffer import Buffer
 from .draws import Plan, draw
-from .order import Ints, Locator, Order
+from .order import Ints, Order, Readable
 from .reader import Reader, ReadResult, decodes
 from .stats import Stage, Stats, bottleneck
 from .views import StreamConfig, View
@@ -73,7 +73,7 @@ class Loader:
         *,
         batch: int,
         quarantine: Quarantine,
-        order: Locator | None = None,
+        order: Readable | None = None,
         start: int = 0,
         stop: int | None = None,
         executor: Executor | None = None,

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 
 from ..shards.errors import GristmillError
 from .order import Ints, OrderError, permute, share
-from .philox import MIXTURE, words
+from .philox import MIXTURE, paired, words
 
 Weights = tuple[float, ...]
 History = tuple[tuple[int, Weights], ...]  # (from which position, weights)
@@ -104,8 +104,7 @@ class Mixing:
         tokens = np.zeros((len(blocks), BLOCK), np.int64)  # each data set's share in one piece, before they are mixed
         for end in np.cumsum(counts, axis=1).T[:-1]:
             tokens += slots >= end[:, None]
-        draws = words(self.seed, self._starts[era] + blocks * BLOCK, MIXTURE, 4).astype(np.uint64)
-        keys = np.repeat(draws[:, 0::2] | (draws[:, 1::2] << np.uint64(32)), BLOCK, axis=0)
+        keys = np.repeat(paired(words(self.seed, self._starts[era] + blocks * BLOCK, MIXTURE, 4)), BLOCK, axis=0)
         x = np.tile(slots, len(blocks))
         moved = permute(x, np.full_like(x, BLOCK), keys, _BITS).reshape(len(blocks), BLOCK)
         pattern = np.take_along_axis(tokens, moved, axis=1)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..shards.errors import GristmillError
-from .philox import MIXTURE, ORDER_SHARDS, ORDER_WINDOWS, key_from, philox4x32
+from .philox import MIXTURE, ORDER_SHARDS, ORDER_WINDOWS, key_from, paired, philox4x32
 
 # Six rounds suffice against statistics, and a domain of 2 to 16 elements needs more to reach its permutations evenly.
 _ROUNDS = 10
@@ -32,11 +32,20 @@ class OrderError(GristmillError, ValueError):
 
 
 class Locator(Protocol):
-    """What a reader needs of an order."""
+    """Samples by number: (shard int64 [n], row int64 [n]) of each number int64 [n]."""
 
-    samples: int
+    @property
+    def samples(self) -> int: ...
 
-    def locate(self, positions: ArrayLike) -> tuple[Ints, Ints]: ...
+    def locate(self, positions: ArrayLike, /) -> tuple[Ints, Ints]: ...
+
+
+class Readable(Locator, Protocol):
+    """What a reader needs of an order: also what substitutes are drawn from, and which samples nobody may read."""
+
+    def pool(self, position: int, /) -> Locator: ...
+
+    def removed(self, shard: Ints, row: Ints, /) -> NDArray[np.bool_]: ...
 
 
 def mix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -75,8 +84,7 @@ def _feistel(x: NDArray[np.uint64], keys: NDArray[np.uint64], bits: int, inverse
 def _keys(seed: int, a: ArrayLike, b: ArrayLike, stream: int, c: ArrayLike) -> NDArray[np.uint64]:
     """Two 64-bit keys of each counter (a, b, stream, c): uint64 [n, 2]."""
     parts = np.broadcast_arrays(np.asarray(a), np.asarray(b), np.asarray(stream), np.asarray(c))
-    words = philox4x32(np.stack([part & 0xFFFFFFFF for part in parts], axis=-1), key_from(seed)).astype(np.uint64)
-    return words[..., 0::2] | (words[..., 1::2] << np.uint64(32))
+    return paired(philox4x32(np.stack([part & 0xFFFFFFFF for part in parts], axis=-1), key_from(seed)))
 
 
 def derived(seed: int, number: int, purpose: int) -> int:
@@ -162,6 +170,10 @@ class Order:
     def pool(self, position: int) -> Sequential:
         """What a substitute at this position is drawn from: all samples in the manifest's order."""
         return Sequential(self.counts)
+
+    def removed(self, shard: Ints, row: Ints) -> NDArray[np.bool_]:
+        """Whether each sample is removed, so that a substitute takes its slot: none is."""
+        return np.zeros(len(shard), bool)
 
     def find(self, shard: ArrayLike, row: ArrayLike, epoch: int) -> Ints:
         """The inverse of `locate`: at which positions int64 [n] of this epoch the samples are read."""
@@ -276,6 +288,10 @@ class Sequential:
     def pool(self, position: int) -> Sequential:
         """What a substitute at this position is drawn from: all samples in the manifest's order."""
         return self
+
+    def removed(self, shard: Ints, row: Ints) -> NDArray[np.bool_]:
+        """Whether each sample is removed: none is."""
+        return np.zeros(len(shard), bool)
 
 
 def _checked(counts: ArrayLike) -> Ints:

@@ -76,6 +76,12 @@ def words(seed: int, positions: ArrayLike, stream: ArrayLike, count: int) -> NDA
     return philox4x32(counter, key_from(seed)).reshape(*shape, 4 * blocks)[..., :count]
 
 
+def paired(words: NDArray[np.uint32]) -> NDArray[np.uint64]:
+    """64 bits of every two words, the first one low: uint32 [..., 2 n] -> uint64 [..., n]."""
+    wide = words.astype(np.uint64)
+    return wide[..., 0::2] | (wide[..., 1::2] << _SHIFT)
+
+
 def uniform(seed: int, positions: ArrayLike, stream: ArrayLike, count: int) -> NDArray[np.float64]:
     """Uniform draws in [0, 1) with 32 random bits each: float64 [..., count], indexed as `words`."""
     return words(seed, positions, stream, count).astype(np.float64) * 2.0**-32
@@ -101,5 +107,4 @@ def integers(seed: int, positions: ArrayLike, stream: ArrayLike, count: int, hig
     """
     if not 0 < high < 2**62:
         raise SeedError(f"cannot draw integers below {high}: it must lie in 1 ... 2**62 - 1")
-    raw = words(seed, positions, stream, 2 * count).astype(np.uint64)
-    return ((raw[..., 0::2] | (raw[..., 1::2] << _SHIFT)) % np.uint64(high)).astype(np.int64)
+    return (paired(words(seed, positions, stream, 2 * count)) % np.uint64(high)).astype(np.int64)

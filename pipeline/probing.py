@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ..shards.manifest import Manifest
@@ -17,26 +17,22 @@ from ..shards.quarantine import Quarantine
 from ..shards.tombstones import Tombstones
 from .batch import Executor
 from .loader import Loader
-from .order import Ints, Locator, Order, Sequential
+from .order import Ints, Order, Readable, Sequential
+from .source import Places
 from .views import StreamConfig, View
 
 
 class _Spared:
     """An order in which removed samples are known, so that they are never read."""
 
-    def __init__(self, order: Order | Sequential, places: Ints) -> None:
-        self.order, self.samples = order, order.samples
-        self._places = {(shard, row) for shard, row in places.tolist()}
+    def __init__(self, order: Order | Sequential, places: Places) -> None:
+        self.order, self.samples, self.removed = order, order.samples, places.hold
 
     def locate(self, positions: ArrayLike) -> tuple[Ints, Ints]:
         return self.order.locate(positions)
 
     def pool(self, position: int) -> Sequential:
         return self.order.pool(position)
-
-    def removed(self, shards: Ints, rows: Ints) -> NDArray[np.bool_]:
-        places = zip(shards.tolist(), rows.tolist(), strict=True)
-        return np.array([place in self._places for place in places], bool)
 
 
 def probe_batches(
@@ -60,7 +56,7 @@ def probe_batches(
     samples = manifest.samples if limit is None else min(limit, manifest.samples)
     plain = Sequential(manifest.counts) if samples == manifest.samples else Order(manifest.counts, seed=0)
     places = Tombstones.of(manifest).places(manifest.urls)
-    order: Locator = _Spared(plain, places) if len(places) else plain
+    order: Readable = _Spared(plain, Places(places)) if len(places) else plain
     view = View.model_validate({"name": "probe", "size": size, "augment": "none"})
     with tempfile.TemporaryDirectory(prefix="gristmill-") as scratch:
         loader = Loader(

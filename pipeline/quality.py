@@ -8,7 +8,7 @@ windows that are open in the lanes of a node, at every moment at which one opens
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from math import gcd
@@ -51,6 +51,10 @@ class WorkingSet:
     shards: int
     bytes: int
     lanes: int  # that the node reads
+
+    def __add__(self, other: WorkingSet) -> WorkingSet:
+        """Of two data sets that are read together."""
+        return WorkingSet(self.shards + other.shards, self.bytes + other.bytes, self.lanes + other.lanes)
 
 
 def compare(order: Order, *, batch: int, limit: int = 200_000) -> list[Quality]:
@@ -156,7 +160,8 @@ def working_set(
     """
     sizes = np.asarray(shard_bytes, np.int64)
     worst = WorkingSet(0, 0, 0)
-    for lanes in _lanes_of_nodes(order.lanes, batch, ranks, ranks_per_node or ranks):
+    nodes = node_lanes(order.lanes, batch, ranks, ranks_per_node or ranks)
+    for lanes in {lanes.tobytes(): lanes for lanes in nodes}.values():  # nodes with the same ones once
         lanes = lanes[lanes < order.samples]
         if not len(lanes):
             continue
@@ -177,18 +182,14 @@ def working_set(
     return worst
 
 
-def _lanes_of_nodes(lanes: int, batch: int | None, ranks: int, ranks_per_node: int) -> list[Ints]:
-    """The lanes that each node reads; nodes with the same ones once."""
-    if batch is None:
-        return [np.arange(lanes)]
-    step, share = gcd(batch, lanes), batch // ranks * ranks_per_node
+def node_lanes(lanes: int, batch: int | None, ranks: int, ranks_per_node: int) -> list[Ints]:
+    """The lanes that each node reads, ascending: a slice of every batch; without `batch`, or in doubt, all of them."""
+    nodes = range(-(-ranks // ranks_per_node))
+    step, share = (1, 1) if batch is None else (gcd(batch, lanes), batch // ranks * ranks_per_node)
     if share >= step:
-        return [np.arange(lanes)]
-    starts = {node * share % step for node in range(-(-ranks // ranks_per_node))}
-    inside = np.arange(share)
-    return [
-        np.unique((np.arange(0, lanes, step)[:, None] + (start + inside)[None, :]) % lanes) for start in sorted(starts)
-    ]
+        return [np.arange(lanes)] * len(nodes)
+    inside, turns = np.arange(share), np.arange(0, lanes, step)[:, None]
+    return [np.unique((turns + node * share + inside) % lanes) for node in nodes]
 
 
 def check_working_set(
@@ -217,6 +218,30 @@ def check_working_set(
         f"the order keeps {need.shards} shards open at once on a node ({size(need.bytes)}: {need.lanes} lanes with windows "
         f"of {order.window} samples), but the cache may hold {size(budget)}: {fits}give the cache {size(need.bytes)}"
     )
+
+
+def check_together(
+    orders: Sequence[Order],
+    shard_bytes: Sequence[ArrayLike],
+    budget: int,
+    *,
+    batch: int,
+    ranks: int = 1,
+    ranks_per_node: int | None = None,
+) -> WorkingSet:
+    """`check_working_set` of one data set, or of those of a mixture together; each with the sizes of its shards."""
+    if len(orders) == 1:
+        how = {"batch": batch, "ranks": ranks, "ranks_per_node": ranks_per_node}
+        return check_working_set(orders[0], shard_bytes[0], budget, **how)
+    need = WorkingSet(0, 0, 0)
+    for order, sizes in zip(orders, shard_bytes, strict=True):
+        need += working_set(order, sizes)
+    if need.bytes > budget:
+        raise WorkingSetError(
+            f"the data sets together keep {need.shards} shards open at once on a node ({size(need.bytes)}), but the cache "
+            f"may hold {size(budget)}: lower stream.window or stream.lanes, or give the cache as much"
+        )
+    return need
 
 
 def suggest(

@@ -27,7 +27,7 @@ from .checks import BLOCK, Damage, crc32, decodes, header_size, member_size
 from .crew import Crew
 from .fetch import DamageError, Fetcher, FetchStats, Opened
 from .library import Library
-from .order import Ints, Locator, Sequential
+from .order import Ints, Readable
 from .philox import SUBSTITUTE, integers
 from .slabs import Slabs
 from .views import CacheConfig
@@ -102,7 +102,7 @@ class Reader:
         manifest: Manifest | Sequence[Manifest],
         quarantine: Quarantine,
         *,
-        order: Locator,
+        order: Readable,
         seed: int,
         threads: int = 2,
         damage_bound: float = 0.001,
@@ -113,7 +113,6 @@ class Reader:
         self.library, self.quarantine, self.order, self.seed = Library(manifest), quarantine, order, seed
         self.damage_limit = max(1, int(damage_bound * self.library.samples))
         self._fetcher = Fetcher(self.library, order, cache=cache, policy=policy, lanes=lanes)
-        self._all = Sequential(self.library.counts)
         self._crew, self._slabs = Crew(threads, "gristmill-read"), Slabs()
         self._bad: dict[int, set[int]] = {}  # rows in quarantine by shard
         self._bad_known = 0
@@ -136,10 +135,9 @@ class Reader:
         with self._lock:
             shards, rows = self._locate(positions)
             found = _Found(len(positions))
-            removed = self._removed(shards, rows)
-            if removed.any():
-                for slot in np.flatnonzero(removed).tolist():
-                    found.problems[slot] = _REMOVED
+            removed = self.order.removed(shards, rows)
+            for slot in np.flatnonzero(removed).tolist():
+                found.problems[slot] = _REMOVED
             self._gather(shards, rows, found, decode_check)
             self._ask_again(shards, rows, found, decode_check)
             ids = np.stack([shards, rows], axis=1)
@@ -325,21 +323,13 @@ class Reader:
             self._gather(shards, rows, found, decode_check, wrong)
             self.stats.refetched += sum(found.problems[slot] is None for slot in wrong)
 
-    def _removed(self, shards: Ints, rows: Ints) -> np.ndarray:
-        """Which samples nobody may read any more: bool [n]."""
-        removed = getattr(self.order, "removed", None)
-        return np.zeros(len(shards), bool) if removed is None else removed(shards, rows)
-
     def _substitute(self, position: int, decode_check: bool) -> Sample:
         """First healthy sample of the position's own sequence. What turns out damaged on the way is booked too."""
-        pool_of = getattr(self.order, "pool", None)
-        pool = self._all if pool_of is None else pool_of(position)
-        tried = 0
+        pool, tried = self.order.pool(position), 0
         while tried <= 16 * self.damage_limit + 1024:
             draws = integers(self.seed, [position], SUBSTITUTE, tried + _CANDIDATES, pool.samples)[0, tried:]
             shards, rows = pool.locate(draws)
-            removed = self._removed(shards, rows)
-            for i in np.flatnonzero(~removed).tolist():
+            for i in np.flatnonzero(~self.order.removed(shards, rows)).tolist():
                 one, found = slice(i, i + 1), _Found(1)
                 self._gather(shards[one], rows[one], found, decode_check)
                 self._ask_again(shards[one], rows[one], found, decode_check)

@@ -20,6 +20,21 @@ from .order import Ints, Sequential
 from .selection import Selection, select_rows
 
 
+class Places:
+    """Some samples, about which many are asked at once. `places` int64 [n, 2]: shard, row."""
+
+    def __init__(self, places: Ints) -> None:
+        self._numbers = np.sort((places[:, 0] << 32) | places[:, 1])
+
+    def hold(self, shard: ArrayLike, row: ArrayLike) -> NDArray[np.bool_]:
+        """Which of these samples are among them: bool [n]."""
+        number = (np.asarray(shard, np.int64) << 32) | np.asarray(row, np.int64)
+        if not len(self._numbers):
+            return np.zeros(number.shape, bool)
+        at = np.minimum(np.searchsorted(self._numbers, number), len(self._numbers) - 1)
+        return self._numbers[at] == number
+
+
 class Removals(NamedTuple):
     """Samples of a data set that were removed on request."""
 

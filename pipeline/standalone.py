@@ -21,6 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from ..shards.errors import GristmillError
 from ..shards.manifest import Manifest
 from ..shards.mirror import MirroredManifest, open_manifest
@@ -32,7 +34,7 @@ from .quality import suggest
 from .source import Source
 from .stats import Stage, Stats
 from .stream import Stream
-from .views import Augment, StreamConfig, View
+from .views import Augment, CacheConfig, StreamConfig, View
 
 Place = str | Path | Mapping[str, Any]
 
@@ -141,12 +143,13 @@ def images(
     """
     places = [data] if isinstance(data, str | Path | Mapping) else list(data)
     entries = [dict(place) if isinstance(place, Mapping) else {"path": place} for place in places]
-    folder = config.cache.folder / "manifests" if config is not None and config.cache is not None else None
-    manifests, sources = open_sources(entries, folder)
-    if config is None:
-        lanes, window = suggest(sources[0].selected if len(sources) == 1 else _together(sources))
-        config = StreamConfig.model_validate({"seed": seed, "lanes": lanes, "window": window})
+    manifests, sources = open_sources(entries, config.cache if config else None)
     cursor = None if state is None else Cursor.from_json(state)
+    if config is None:
+        # A state brings its own along: of data that grew since, others would be suggested.
+        counts = np.concatenate([source.selected for source in sources])
+        lanes, window = suggest(counts) if cursor is None else (cursor.lanes, cursor.window)
+        config = StreamConfig.model_validate({"seed": seed, "lanes": lanes, "window": window})
     stream = Stream(
         sources,
         config.seed,
@@ -178,10 +181,11 @@ def images(
 
 
 def open_sources(
-    entries: Sequence[Mapping[str, Any]], folder: Path | None = None
+    entries: Sequence[Mapping[str, Any]], cache: CacheConfig | None = None
 ) -> tuple[list[Manifest], list[Source]]:
-    """Manifests and sources of entries {"path": folder or url, "weight": 1.0, "where": ""}; copies go into `folder`."""
+    """Manifests and sources of entries {"path": folder or url, "weight": 1.0, "where": ""}; copies go to the cache."""
     manifests, sources = [], []
+    folder = cache.folder / "manifests" if cache else None
     for entry in entries:
         if unknown := sorted(entry.keys() - {"path", "weight", "where"}):
             raise ImagesError(f"data: unknown key {unknown[0]!r}; an entry has path, weight and where")
@@ -192,7 +196,3 @@ def open_sources(
         manifests.append(manifest)
         sources.append(Source.of(manifest, where=where, weight=float(entry.get("weight", 1.0))))
     return manifests, sources
-
-
-def _together(sources: Sequence[Source]) -> list[int]:
-    return [int(count) for source in sources for count in source.selected]

@@ -20,7 +20,7 @@ from .cursor import Cursor, CursorError
 from .growth import Grown, Taken
 from .mixing import Mixing, proportions
 from .order import Ints, OrderError, derived
-from .source import Pool, Source, honoured
+from .source import Places, Pool, Source, honoured
 
 _SOURCES = 1  # purpose of the seeds of all data sets but the first
 _SHORT = 16  # hex digits of a data set's digest where there are several
@@ -52,7 +52,7 @@ class Stream:
         self.sources = list(sources)
         self.first = np.concatenate([[0], np.cumsum([len(source.counts) for source in sources])]).astype(np.int64)
         self.counts = np.concatenate([source.counts for source in sources])
-        self._tombs = _union(sources, self.first)
+        self._removed = Places(_removed(sources, self.first))
         weights = tuple(float(source.weight) for source in sources)
         if cursor is None:
             shards = [len(source.counts) for source in sources]
@@ -97,12 +97,7 @@ class Stream:
 
     def removed(self, shard: ArrayLike, row: ArrayLike) -> NDArray[np.bool_]:
         """Whether each sample is removed, so that a substitute takes its slot: bool [n]."""
-        shard, row = np.asarray(shard, np.int64), np.asarray(row, np.int64)
-        if not len(self._tombs):
-            return np.zeros(shard.shape, bool)
-        place = (shard << 32) | row
-        at = np.minimum(np.searchsorted(self._tombs, place), len(self._tombs) - 1)
-        return self._tombs[at] == place
+        return self._removed.hold(shard, row)
 
     def pool(self, position: int) -> Pool:
         """What a substitute at this position is drawn from: its data set's selected samples, as far as taken up.
@@ -268,11 +263,11 @@ class Stream:
         return self.mixing.reach(source, boundary)
 
 
-def _union(sources: Sequence[Source], first: Ints) -> Ints:
-    """Removed places of all data sets as sorted numbers: shard * 2**32 + row."""
+def _removed(sources: Sequence[Source], first: Ints) -> Ints:
+    """Removed places of all data sets, shards counted through: int64 [n, 2]."""
     places = [
-        ((source.removed.places[:, 0] + start) << 32) | source.removed.places[:, 1]
+        source.removed.places + np.array([start, 0])
         for source, start in zip(sources, first[:-1], strict=True)
         if source.removed is not None
     ]
-    return np.sort(np.concatenate(places)) if places else np.zeros(0, np.int64)
+    return np.concatenate([np.zeros((0, 2), np.int64), *places])

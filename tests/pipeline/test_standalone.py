@@ -16,6 +16,7 @@ from gristmill.shards.manifest import ManifestError
 
 from ..faulty_http import FaultyServer
 from .pictures import CONFIG, VIEWS, N, PlainExecutor, ours, write_data
+from .rows import write_rows
 
 
 def stream(data, batch=4, **options):
@@ -54,6 +55,18 @@ def test_a_state_goes_on_exactly_in_another_process_or_batch_size(manifest):
         assert keys(some, 1) == whole[20:33]
         some.seek(7)
         assert keys(some, 2) == whole[7:33]
+
+
+def test_a_state_brings_its_order_along_when_the_data_grew(tmp_path):
+    """Without a config lanes and window are suggested by the number of images; a state goes on with its own."""
+    options = {"views": VIEWS, "executor": PlainExecutor()}
+    with images(write_rows(tmp_path / "data", [1000]).root, 8, **options) as some:
+        some.seek(400)
+        state, whole = some.state(), some.stream.locate(np.arange(1000))
+    with images(write_rows(tmp_path / "data", [1000, 200]).root, 8, state=state, **options) as some:
+        assert some.position == 400
+        assert np.array_equal(some.stream.locate(np.arange(1000)), whole)
+        assert some.stream.cursor.grown == ((0, 0, 1), (1000, 0, 2))
 
 
 def test_ranks_share_the_stream_and_the_state(manifest):
