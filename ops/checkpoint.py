@@ -177,7 +177,6 @@ class Saved:
                 raise CheckpointError(f"{STATE} has version {document['version']!r}; this Gristmill reads {VERSION}")
             self.state: dict[str, Any] = document["state"]
             self.digests: dict[str, str] = document["digests"]
-            self.size = int(document["bytes"])
             self._tensors: dict[str, dict[str, Any]] = document["tensors"]
             self._whole: dict[str, str] = document["whole"]
             self._ranges: dict[tuple[str, str], list[tuple[int, int, str]]] = {}

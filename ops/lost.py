@@ -15,9 +15,9 @@ import time
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
 from ..shards.errors import GristmillError
 from .watchdog import STALLED
@@ -44,7 +44,7 @@ class Crew:
         self.members: list[tuple[str, int]] = []
         if world == 1:
             return
-        self._store = _store()
+        self._store = _get_default_store()
         self._store.set(_key("finding"), NOTHING)
         self._store.set(_key(f"note/{rank}"), NOTHING)
         self._store.set(_key(rank), json.dumps([socket.gethostname(), os.getpid()]))
@@ -101,12 +101,6 @@ class Crew:
 
     def _named(self, ranks: list[int]) -> str:
         return ", ".join(f"rank {r} (host {self.members[r][0]}, pid {self.members[r][1]})" for r in ranks)
-
-
-def _store() -> Any:
-    from torch.distributed.distributed_c10d import _get_default_store
-
-    return _get_default_store()
 
 
 def _key(of: int | str) -> str:

@@ -45,9 +45,8 @@ class Settled:
     """How a write ended: published, or failed and discarded on all ranks (`failure` says why)."""
 
     position: int
-    where: str
     seconds: float  # since `begin`, most of them beside training
-    bytes: int  # of of all files on rank 0, of its own on another rank
+    bytes: int  # of all files on rank 0, of its own on another rank
     failure: str | None = None
     warning: str | None = None  # published, but older ones could not be removed
 
@@ -72,9 +71,10 @@ class _Job:
 class Writer:
     """Writes, publishes and prunes the checkpoints of a run; one object on each rank, called alike on all ranks.
 
-    keep: how many of the newest stay; None: all, captures for example. keep_every: besides, the first at or beyond each multiple of so many images stays
-    (0: none). Rank 0's constructor sweeps what a killed writer left, so a collective must lie between constructing and
-    the first `begin` (loading has several). Raises CheckpointError if the store cannot be written.
+    keep: how many of the newest stay; None: all, captures for example. keep_every: besides, the first at or beyond each
+    multiple of so many images stays (0: none). Rank 0's constructor sweeps what a killed writer left, so a collective
+    must lie between constructing and the first `begin` (loading has several). Raises CheckpointError if the store cannot
+    be written.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class Writer:
             return None
         self._job = None
         seconds = time.perf_counter() - job.began
-        return Settled(job.position, self.store.shown(job.position), seconds, job.size, failure, job.warning)
+        return Settled(job.position, seconds, job.size, failure, job.warning)
 
     def finish(self, total: Total) -> Settled | None:
         """Wait until the write in flight is published; `total` adds up over ranks. None if there is none in flight.

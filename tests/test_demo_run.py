@@ -17,6 +17,8 @@ from gristmill.ops.runlog import read_log
 from gristmill.ops.stores import open_store
 from PIL import Image
 
+from .disks import small_disk
+
 GRISTMILL = Path(sys.executable).parent / "gristmill"
 SHORT = ["images=640", "checkpoint.every=128", "probes.at=[0.0, 1.0]", "probes.images=256", "metrics.port=0"]
 pytestmark = pytest.mark.slow
@@ -241,13 +243,7 @@ def test_a_mistake_is_one_clear_error(arguments: list[str], words: list[str], tm
 def test_a_full_disk_is_one_clear_error(tmp_path: Path, megabytes: int):
     """1 MB is full while drawing, 6 MB while training; with room made, the same command ends well."""
     disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", disk], capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
-    try:
+    with small_disk(disk, f"{megabytes}m"):
         command = ["demo", "--tiny", "--out", disk / "run", *SHORT]
         code, _, err = finish(start(*command))
         assert code == 2, err
@@ -259,8 +255,6 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path, megabytes: int):
         code, out, err = finish(start(*command))
         assert code == 0, err
         assert "teacher after 640" in out
-    finally:
-        subprocess.run(["umount", disk], check=True)
 
 
 def test_a_taken_port_is_named_with_the_remedy(demo: tuple[Path, str, str], tmp_path: Path):

@@ -5,6 +5,7 @@
         one.join(), one.output()
 
 They are no children of the test, so that a SIGKILL hits exactly one of them, and threads of the test are not theirs.
+Each comes to its interpreter's real end, with the exit code that a script would have.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ import tempfile
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 _PARENT = """
-import json, os, sys, traceback
+import json, os, sys
 exec(sys.argv[1])
 for line in sys.stdin:
     job = json.loads(line)
@@ -31,15 +32,9 @@ for line in sys.stdin:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
             os.dup2(1, 2)
-            code = 0
-            try:
-                globals().update(job["values"])
-                exec(job["code"], globals())
-            except BaseException:
-                traceback.print_exc()
-                code = 1
-            sys.stdout.flush()
-            os._exit(code)
+            globals().update(job["values"])
+            exec(job["code"], globals())
+            break
         print(pid, flush=True)
     else:
         pid, status = os.waitpid(job["pid"], 0 if job["wait"] else os.WNOHANG)
@@ -99,7 +94,7 @@ class Workers:
         print(json.dumps(job), file=self._parent.stdin, flush=True)
         return json.loads(self._parent.stdout.readline())
 
-    def __enter__(self) -> Workers:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,4 +1,4 @@
-"""Run by torchrun (see test_engine.py): every ZeRO stage against a plain loop, one engine after another.
+"""Run by zygote.py (see test_engine.py): every ZeRO stage against a plain loop, one engine after another.
 
 Writes what it found to the folder given, one JSON object a case: how far weights, teacher and its forward are from the
 reference. The reference is one process's worth of plain torch on the whole batch, computed on every rank.

@@ -1,16 +1,11 @@
-"""Ranks of whole runs with one fault each, forked from a process that has imported everything (see test_faults.py).
+"""Run by zygote.py, or torchrun (see test_faults.py): one rank of whole runs with one fault each, `FAULTS COMMANDS` in JSON.
 
-An interpreter that imports torch, timm and DeepSpeed takes ten seconds of a core, a fork none: so faults on several
-ranks stay affordable. Each rank is a process of its own, trains through the command line as a user's does, and comes to
-its interpreter's real end. `serve` reads requests from stdin, one JSON object a line, and answers with `started` (pids
-by rank) and `ended` (pid, code) lines. Called with arguments, this is one rank under torchrun: `fault_cases.py FAULTS
-CLI-ARGUMENTS`. Faults are wrapped around the product's parts here; the product knows none of them.
+It trains through the command line as a user does. Faults are wrapped around the product's parts here; the product knows
+none of them.
 """
 
-import gc
 import json
 import os
-import select
 import signal
 import socket
 import sys
@@ -19,13 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 from gristmill.ops.cli import main as gristmill
-from gristmill.ops.launch import quiet_deepspeed
 from gristmill.ops.run import Run
-from gristmill.ops.train import train
-from gristmill.pipeline.augment import dali
 from gristmill.shards.errors import GristmillError
 
-PRELOADED = (train, dali)  # what a command imports when it runs
 SIGNALS = {"term": signal.SIGTERM, "kill": signal.SIGKILL, "stop": signal.SIGSTOP, "int": signal.SIGINT}
 
 
@@ -132,55 +123,9 @@ def run(faults: list[dict[str, Any]], commands: list[list[str]]) -> None:
                 raise
 
 
-def serve() -> None:
-    """Fork ranks as they are asked for, and tell how they end; end them all when stdin does."""
-    quiet_deepspeed()
-    gc.collect()
-    gc.freeze()  # ranks need not look through all of this again
-    alive: set[int] = set()
-    tell(ready=True)
-    while True:
-        for pid in list(alive):
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
-                alive.discard(pid)
-                tell(ended=pid, code=os.waitstatus_to_exitcode(status))
-        if not select.select([sys.stdin], [], [], 0.05)[0]:
-            continue
-        line = sys.stdin.readline()
-        if not line:
-            break
-        request = json.loads(line)
-        pids = []
-        for rank in range(request["world"]):
-            pid = os.fork()
-            if not pid:
-                return become(rank, request)
-            pids.append(pid)
-        alive.update(pids)
-        tell(started=pids)
-    for pid in alive:
-        os.kill(pid, signal.SIGKILL)
-
-
-def tell(**what: Any) -> None:
-    print(json.dumps(what), flush=True)
-
-
-def become(rank: int, request: dict[str, Any]) -> None:
-    """Be a rank: its environment as torchrun sets it, its output in files, then the commands."""
-    for number, name in ((0, "/dev/null"), (1, f"{request['log']}.{rank}.out"), (2, f"{request['log']}.{rank}.err")):
-        file = os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        os.dup2(file, number)
-        os.close(file)
-    os.environ.update(request["env"])
-    if request["world"] > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-    run(request["faults"], request["commands"])
+def main() -> None:
+    run(json.loads(sys.argv[1]), json.loads(sys.argv[2]))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        run(json.loads(sys.argv[1]), [sys.argv[2:]])
-    else:
-        serve()
+    main()

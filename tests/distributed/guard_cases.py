@@ -1,4 +1,4 @@
-"""Run by torchrun (see test_guard.py): real runs with faults injected into single steps, under several ZeRO stages.
+"""Run by zygote.py (see test_guard.py): real runs with faults injected into single steps, under several ZeRO stages.
 
 A fault is put into the batch, a loss or a commit by wrapping what the run calls; the product has no switch for it. Each
 case writes one line to found.jsonl: what every step did to everything that a run remembers, added up over the ranks.
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from gristmill.objectives import Outcome
@@ -23,9 +24,15 @@ from gristmill.ops.recipe import Recipe, load_recipe
 from gristmill.ops.run import Run
 from gristmill.ops.train import Loop
 from gristmill.ops.watchdog import Watchdog
+from gristmill.shards.engine import ingest
+from PIL import Image
 
 BATCH = 12
 NAN = float("nan")
+KINDS = (
+    "student", "teacher", "exp_avg", "exp_avg_sq", "steps", "objectives", "centre", "buffers", "student forward",
+    "teacher forward",
+)  # fmt: skip
 SMALL = (
     f"batch={BATCH}", "views.global.size=16", "views.local.size=8", "student.image_size=16", "student.patch_size=8",
     "student.embed_dim=32", "student.depth=2", "student.heads=2", "student.head_hidden=32", "student.head_out=16",
@@ -35,6 +42,16 @@ SMALL = (
 )  # fmt: skip
 
 Fault = Callable[[Run, Any, Callable[[], Outcome]], Outcome]  # (run, batch, the plain forward) -> outcome
+
+
+def make_data(folder: Path, images: int) -> None:
+    """Images of coloured squares, no two alike, in `folder`/data."""
+    draws = np.random.default_rng(0)
+    (folder / "images").mkdir()
+    for number in range(images):
+        image = Image.fromarray(draws.integers(0, 256, (6, 6, 3), np.uint8)).resize((40, 40))
+        image.save(folder / "images" / f"{number}.jpg")
+    ingest(folder / "images", folder / "data", shard_samples=20)
 
 
 def recipe_of(folder: Path, steps: int, *more: str) -> Recipe:
@@ -177,19 +194,7 @@ def digests(run: Run, content=None) -> dict[str, str]:
     for who, net in (("student", run.engine.module), ("teacher", run.engine.teacher.module)):
         for name, parameter in net.named_parameters():
             _add(found, f"{who} forward", name, _held(parameter, run.rank))
-    kinds = (
-        "student",
-        "teacher",
-        "exp_avg",
-        "exp_avg_sq",
-        "steps",
-        "objectives",
-        "centre",
-        "buffers",
-        "student forward",
-        "teacher forward",
-    )
-    return {kind: found[kind].hexdigest() if kind in found else "" for kind in kinds}
+    return {kind: found[kind].hexdigest() if kind in found else "" for kind in KINDS}
 
 
 def _held(parameter: Any, rank: int) -> torch.Tensor:

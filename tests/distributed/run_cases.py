@@ -1,4 +1,4 @@
-"""Run by test_runs.py: whole runs through `train`, with NaN, rollback, crashes, kills, and on other ranks.
+"""Run by zygote.py (see test_runs.py): whole runs through `train`, with NaN, rollback, crashes, kills, and on other ranks.
 
 `crash`: each case straight to its end, and again up to a crash; the last one is killed while a checkpoint is written.
 `resume`: new processes take the crashed runs to their ends; a run that SIGTERM stops in the middle, for others to go on
@@ -7,26 +7,22 @@ found.jsonl in the folder given; the runs lie beside it, for the test to compare
 """
 
 import hashlib
-import importlib
 import json
 import os
 import random
-import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from forks import forked
 from gristmill.ops import train as training
 from gristmill.ops.checkpoint import CheckpointError, Image
-from gristmill.ops.launch import join, leave, quiet_deepspeed
+from gristmill.ops.launch import join, leave
 from gristmill.ops.recipe import Recipe, load_recipe
 from gristmill.ops.run import Run
 from gristmill.shards.errors import GristmillError
@@ -149,11 +145,6 @@ def digest(key: str, views: dict[str, torch.Tensor], row: int) -> str:
     return seen.hexdigest()
 
 
-def note(folder: Path, case: str, **values: Any) -> None:
-    with (folder / "found.jsonl").open("a") as file:
-        file.write(json.dumps({"case": case, **values}) + "\n")
-
-
 class Cases:
     """One launch: its group stays while runs come and go, as they would come and go with processes."""
 
@@ -181,7 +172,8 @@ class Cases:
     def found(self, case: str, what: str, **values: Any) -> None:
         """Rank 0 says what it saw."""
         if self.rank == 0:
-            note(self.folder, f"{what}: {case}", **values)
+            with (self.folder / "found.jsonl").open("a") as file:
+                file.write(json.dumps({"case": f"{what}: {case}", **values}) + "\n")
 
     def crash(self, seed: int) -> None:
         """Straight runs, and runs that end at a step and a spot of their own."""
@@ -280,29 +272,12 @@ class Cases:
 
 
 def main() -> None:
-    folder, data, seed = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-
-    def launch(name: str, world: int, work: Callable[[Cases], None]) -> None:
-        def run() -> None:
-            work(Cases(folder, data))
-            leave()
-
-        start = time.perf_counter()
-        codes = forked(world, run)
-        note(folder, f"launch: {name}", codes=codes, seconds=time.perf_counter() - start)
-
-    quiet_deepspeed()
-    for late in ("deepspeed.runtime.zero.muon.muon_optimizer", "gristmill.pipeline.augment.dali"):
-        importlib.import_module(late)  # seconds that every rank would spend when it comes to them
-
-    launch("crash", 2, lambda cases: cases.crash(seed))
-    left = sorted(path.name for path in (folder / name_of(*CASES[-1]) / "broken" / "checkpoints").iterdir())
-    note(folder, "launch: crash", left=left)
-    launch("resume", 2, Cases.resume)
-    for world in (1, 3, 4):
-        shutil.copytree(folder / "half", folder / f"ranks{world}")
-        launch(f"ranks{world}", world, Cases.elastic)
-
-
-if __name__ == "__main__":
-    main()
+    folder, data, what = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+    cases = Cases(folder, data)
+    if what == "crash":
+        cases.crash(int(sys.argv[4]))
+    elif what == "resume":
+        cases.resume()
+    else:
+        cases.elastic()
+    leave()

@@ -22,14 +22,14 @@ def test_twenty_short_runs_end_well(zygote: Zygote, tiny: Path, tmp_path: Path):
     assert len(IN_ONE + FORKED + LAUNCHED) == 20
     before = os.listdir(SHARED)
 
-    group = zygote.run(tmp_path / "in-one", *commands(tmp_path / "in-one-runs", tiny, IN_ONE))
+    group = zygote.commands(tmp_path / "in-one", *commands(tmp_path / "in-one-runs", tiny, IN_ONE))
     assert group.codes == [0, 0], group.errors
     assert group.errors[0].count("training: 16/16 images") == len(IN_ONE)
     assert group.errors[1] == ""
 
     # ZeRO 3 is where gloo's threads hold the last collective when the interpreter ends.
     for number, command in enumerate(commands(tmp_path / "forked-runs", tiny, FORKED)):
-        group = zygote.run(tmp_path / f"forked-{number}", command)
+        group = zygote.commands(tmp_path / f"forked-{number}", command)
         assert group.codes == [0, 0], group.errors
         assert group.errors[1] == ""
         assert "terminate called" not in group.errors[0]

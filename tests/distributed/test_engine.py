@@ -4,14 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from ..torchrun import cases
+from .zygote import Zygote
 
 TOLERANCE = 3e-7  # weights move by 4e-2
 
 
 @pytest.fixture(scope="module", params=[2, 3])
-def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
-    return cases("engine_cases.py", request.param, tmp_path_factory.mktemp(f"ranks{request.param}"))
+def found(
+    request: pytest.FixtureRequest, zygote: Zygote, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, float]]:
+    return zygote.cases("engine_cases", request.param, tmp_path_factory.mktemp(f"ranks{request.param}"))
 
 
 def test_weights_equal_a_plain_loop_that_never_saw_the_bad_steps(found):

@@ -6,9 +6,6 @@ Each fault is followed by the same command once more, and the run must end with 
 import json
 import os
 import shutil
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +16,9 @@ from gristmill.ops.checkpoint import Saved, newest
 from gristmill.ops.runlog import read_log
 from gristmill.ops.stores import open_store
 
+from ..disks import small_disk
 from ..servers import WEED_MISSING, find_weed, weed_server
-from .zygote import SCRIPT, Group, Zygote
+from .zygote import HERE, Group, Zygote
 
 END, EVERY = 64, 16
 ERRORS_OF_PYTHON = ("Traceback", "terminate called", "Exception ignored")
@@ -46,7 +44,7 @@ class Case:
         return ["train", "demo", "--out", self.folder, *settings, *overrides]
 
     def run(self, *overrides: object, faults: tuple[dict[str, Any], ...] = (), **how: Any) -> Group:
-        return self.zygote.run(self.folder.parent / "rank", self.command(*overrides), faults=faults, **how)
+        return self.zygote.commands(self.folder.parent / "rank", self.command(*overrides), faults=faults, **how)
 
     def finish(self, straight: "Case", says: str = "going on from image") -> Group:
         """Start the same command again: it goes on, and ends as if nothing had happened."""
@@ -169,8 +167,8 @@ def test_a_stopped_rank_is_named_with_its_stack(case: Case, straight: Case):
         assert "rank 1" in event["why"]
         assert "stood here" in event["why"]
     finally:
-        os.kill(group.pids[1], 9)
-    assert case.zygote.wait(group.pids[1]) == -9
+        group.ranks[1].kill()
+    assert group.codes[1] == -9
     case.finish(straight)
 
 
@@ -226,31 +224,18 @@ def test_another_recipe_or_data_set_is_refused_by_name(case: Case, straight: Cas
         (straight.command("optimizer.lr=0.5"), ("optimizer.lr", "0.5 now", "--out")),
         (other.command(), ("data: the checkpoint was written with", "point the recipe at the data set")),
     ):
-        group = case.zygote.run(log, command, world=1)
+        group = case.zygote.commands(log, command, world=1)
         assert group.codes == [2], group.errors
         for word in words:
             assert word in one_sentence(group.errors[0])
     assert before == sorted((path, path.stat().st_mtime_ns) for path in (straight.folder / "checkpoints").rglob("*"))
 
 
-@contextmanager
-def small_disk(folder: Path, size: int) -> Iterator[None]:
-    folder.mkdir(parents=True)
-    options = ["-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    mounted = subprocess.run(["mount", *options], capture_output=True, text=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", folder], check=True)
-
-
 def test_a_full_disk_costs_checkpoints_but_not_the_run(case: Case, straight: Case):
     """Room for two and a half: full until its end, a run ends with an error; with room made on its way, it ends well."""
     one = sum(path.stat().st_size for path in (straight.folder / "checkpoints" / f"{END:012d}").iterdir())
     disk = case.folder / "checkpoints"
-    with small_disk(disk, 5 * one):
+    with small_disk(disk, str(5 * one)):
         filler = disk / "filler"
         filler.write_bytes(bytes(one * 5 // 2))
         group = case.run()
@@ -310,7 +295,8 @@ def test_torchrun_restarts_in_place_and_is_stopped_by_sigterm(case: Case, straig
         {"what": "signalled", "name": "kill", "at": 40, "rank": 1},
         {"what": "launcher signalled", "name": "term", "at": 48, "attempt": 1},
     ]
-    done = launch(2, [SCRIPT, json.dumps(faults), *case.command()], flags=["--max-restarts=2"])
+    command = list(map(str, case.command()))
+    done = launch(2, [HERE / "fault_cases.py", json.dumps(faults), json.dumps([command])], flags=["--max-restarts=2"])
     assert done.returncode == 1, done.stderr
     assert "rank 1 (host" in done.stderr
     assert "was lost during" in done.stderr

@@ -1,7 +1,6 @@
 """Real runs on two and three ranks with faults put into single steps: what a bad step leaves behind, and what replays."""
 
 import json
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,48 +10,27 @@ import pytest
 from gristmill.ops.replay import replay
 from gristmill.ops.runlog import read_log
 from gristmill.pipeline.order import Order
-from gristmill.shards.engine import ingest
 from gristmill.shards.manifest import Manifest
-from PIL import Image
 
-from ..torchrun import cases
+from ..disks import mounted
+from .guard_cases import BATCH, KINDS, make_data
+from .zygote import Zygote
 
-BATCH = 12
-ALL = [
-    "student",
-    "teacher",
-    "exp_avg",
-    "exp_avg_sq",
-    "steps",
-    "objectives",
-    "centre",
-    "student forward",
-    "teacher forward",
-]
+ALL = [kind for kind in KINDS if kind != "buffers"]  # what a good step changes; buffers where there is batch norm
 SHARE, LOSS, MEMORY, PIXEL, GRADIENT = 12, 36, 48, 72, 84  # where guard_cases.FAULTS strike
 OBJECTIVES = ["instance", "local_group", "group"]
 Found = dict[str, Any]
 
 
 @pytest.fixture(scope="module", params=[2, 3])
-def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path, Found]]:
+def ran(
+    request: pytest.FixtureRequest, zygote: Zygote, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[int, Path, Found]]:
     """(ranks, folder of the runs, what each case found)."""
     folder = tmp_path_factory.mktemp(f"guard{request.param}")
-    draws = np.random.default_rng(0)
-    (folder / "images").mkdir()
-    for number in range(60):
-        Image.fromarray(draws.integers(0, 256, (6, 6, 3), np.uint8)).resize((40, 40)).save(
-            folder / "images" / f"{number}.jpg"
-        )
-    ingest(folder / "images", folder / "data", shard_samples=20)
-    small = folder / "full" / "captures"
-    small.mkdir(parents=True)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small], capture_output=True, text=True)
-    try:
-        yield request.param, folder, cases("guard_cases.py", request.param, folder)
-    finally:
-        if mounted.returncode == 0:
-            subprocess.run(["umount", small], check=True)
+    make_data(folder, 60)
+    with mounted(folder / "full" / "captures", "64k"):
+        yield request.param, folder, zygote.cases("guard_cases", request.param, folder)
 
 
 # What two ranks show once and for all.
@@ -242,7 +220,6 @@ def test_no_checkpoint_of_a_bad_streak(ran):
 
 @two
 def test_too_many_returns_end_it(ran):
-    found = ran[2]
     found = ran[2]
     for case in those(found, "back"):
         for word in ("2 steps in a row", "image 120", "instance", "after 1 return", "optimizer.lr", "gristmill replay"):

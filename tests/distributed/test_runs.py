@@ -7,10 +7,8 @@ losses, weights and memories to rounding.
 
 import json
 import math
-import os
 import secrets
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,8 @@ from gristmill.ops.runlog import read_log
 from gristmill.ops.stores import open_store
 from gristmill.shards.demo import make_demo_images
 from gristmill.shards.engine import ingest
+
+from .zygote import Zygote
 
 STEPS, BATCH, END = 12, 12, 144
 STRAIGHT = list(range(0, END, BATCH))
@@ -33,21 +33,19 @@ pytestmark = pytest.mark.slow
 class Runs:
     """What run_cases.py left: runs lie in `folder` by name, `found` holds what the ranks saw, by case."""
 
-    def __init__(self, folder: Path):
-        self.folder, self.seed = folder, secrets.randbelow(1 << 32)
+    def __init__(self, folder: Path, zygote: Zygote):
+        self.folder, self.seed, self.zygote = folder, secrets.randbelow(1 << 32), zygote
         make_demo_images(folder / "images", images=96, size=32, instances=3)  # fewer than a run sees
         ingest(folder / "images", folder / "data", shard_samples=25)
-        command = [
-            sys.executable,
-            Path(__file__).parent / "run_cases.py",
-            folder,
-            folder / "data" / "train",
-            str(self.seed),
-        ]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-        self.output = f"seed {self.seed}\n" + done.stdout[-3000:] + done.stderr[-6000:]
+        self.codes: dict[str, list[int | None]] = {}
+        self.errors: dict[str, list[str]] = {}
+        self.launch("crash", 2, self.seed)
+        killed = sorted(path for path in folder.glob("*/broken/checkpoints") if list(path.glob(".writing-*")))
+        self.left = [sorted(path.name for path in each.iterdir()) for each in killed]
+        self.launch("resume", 2)
+        for world in (1, 3, 4):
+            shutil.copytree(folder / "half", folder / f"ranks{world}")
+            self.launch(f"ranks{world}", world)
         self.found: dict[str, dict[str, Any]] = {}
         for line in map(json.loads, (folder / "found.jsonl").read_text().splitlines()):
             self.found.setdefault(line.pop("case"), {}).update(line)
@@ -57,10 +55,16 @@ class Runs:
             if "seconds" in line:
                 print(f"{line['seconds']:6.1f} s  {case}")
 
+    def launch(self, what: str, world: int, *arguments: object) -> None:
+        data = self.folder / "data" / "train"
+        log = self.folder / f"launch-{what}"
+        group = self.zygote.group(log, "run_cases", self.folder, data, what, *arguments, world=world, seconds=400)
+        self.codes[what], self.errors[what] = group.codes, group.errors
+
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("runs"))
+def runs(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"), zygote)
 
 
 def trace(folder: Path, *kinds: str) -> list[dict[str, Any]]:
@@ -90,9 +94,8 @@ def apart(a: Saved, b: Saved) -> list[str]:
 
 
 def test_launches_end_as_they_should(runs: Runs):
-    codes = {case.removeprefix("launch: "): line["codes"] for case, line in runs.found.items() if "launch" in case}
     wanted = {"crash": [-9, -9], "resume": [0, 0], "ranks1": [0], "ranks3": [0, 0, 0], "ranks4": [0, 0, 0, 0]}
-    assert codes == wanted, runs.output
+    assert runs.codes == wanted, (runs.seed, runs.errors)
 
 
 def test_every_run_meets_its_nan_steps_and_its_rollback(runs: Runs):
@@ -127,7 +130,7 @@ def test_crashes_leave_no_thread_and_come_everywhere(runs: Runs):
 
 
 def test_killed_while_a_checkpoint_is_written_it_leaves_the_older_ones_alone(runs: Runs):
-    assert runs.found["launch: crash"]["left"] == [".writing-000000000072", "000000000024", "000000000048"]
+    assert runs.left == [[".writing-000000000072", "000000000024", "000000000048"]]
     case = runs.cases[-1]
     assert "ended" not in runs.found[f"crashed: {case}"]
     assert runs.found[f"resumed: {case}"]["restored"] == 48

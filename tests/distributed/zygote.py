@@ -1,14 +1,10 @@
-"""Groups of ranks without launch costs: asks fault_cases.py, which has imported everything, to fork them.
+"""Groups of ranks without launch costs: forks of one process that has imported everything (rank.py).
 
-Forks are told apart from what asks for them, so that the tests themselves may have threads and groups of their own.
+An interpreter that imports torch, timm and DeepSpeed takes ten seconds of a core, a fork none: so many groups stay
+affordable. Each rank is a process of its own all the same, which can be killed, and comes to its interpreter's real end.
 """
 
 import json
-import os
-import queue
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -17,62 +13,51 @@ from typing import Any
 
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-SCRIPT = Path(__file__).parent / "fault_cases.py"
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+from ..workers import Worker, Workers
+
+HERE = Path(__file__).parent
 
 
 @dataclass
 class Group:
-    """Ranks that ran: exit codes by rank (None: still there), what they wrote to stderr and stdout, process ids."""
+    """Ranks that ran, and what each wrote to stderr."""
 
-    codes: list[int | None]
+    ranks: list[Worker]
     errors: list[str]
-    outputs: list[str]
-    pids: list[int]
+
+    @property
+    def codes(self) -> list[int | None]:
+        """Exit codes by rank; None: still there."""
+        return [rank.poll() for rank in self.ranks]
+
+    @property
+    def pids(self) -> list[int]:
+        return [rank.pid for rank in self.ranks]
 
 
-class Zygote:
-    """Use as a context. `run` starts a group as torchrun would, and waits for its ranks."""
+class Zygote(Workers):
+    """Use as a context. Starts groups as torchrun would, and waits for their ranks."""
 
-    def __enter__(self) -> "Zygote":
-        begin = time.perf_counter()
-        self.process = subprocess.Popen(
-            [sys.executable, SCRIPT],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | ENVIRONMENT,
-        )
-        self._lines: queue.Queue[dict[str, Any]] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
-        assert self._lines.get(timeout=240)["ready"]
-        self.codes: dict[int, int] = {}
-        print(f"imports: {time.perf_counter() - begin:.1f} s")
-        return self
+    def __init__(self) -> None:
+        super().__init__(f"import sys; sys.path.insert(0, {str(HERE)!r}); from rank import become")
 
-    def __exit__(self, *_: object) -> None:
-        assert self.process.stdin
-        self.process.stdin.close()  # it ends what is left of its children
-        self.process.wait(60)
-
-    def _read(self) -> None:
-        assert self.process.stdout
-        for line in self.process.stdout:
-            self._lines.put(json.loads(line))
-
-    def run(
+    def group(
         self,
         log: Path,
-        *commands: Iterable[object],
+        script: str,
+        *arguments: object,
         world: int = 2,
-        faults: Iterable[dict[str, Any]] = (),
         only: Collection[int] | None = None,
         env: dict[str, str] | None = None,
         seconds: float = 240,
     ) -> Group:
-        """`world` ranks of these commands one after the other, until all (or `only` these) have ended."""
+        """`world` ranks of a script of this folder, until all (or `only` these) have ended.
+
+        log: where their stderr goes, followed by the rank. A rank that is not done after so many seconds prints where it
+        stands, and ends with code 1.
+        """
         begin, store = time.perf_counter(), None
-        environment = dict(ENVIRONMENT) | (env or {})
+        environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | (env or {})
         if world > 1:
             # As torchrun has it: the launcher keeps the store, and tells its ranks where.
             store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -81,28 +66,32 @@ class Zygote:
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
                 "TORCHELASTIC_RESTART_COUNT": "0",
             }  # fmt: skip
-        lines = [list(map(str, command)) for command in commands]
-        request = {"world": world, "env": environment, "faults": list(faults), "log": str(log), "commands": lines}
-        assert self.process.stdin
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        pids = self._await("started", seconds)
+        ranks = [
+            self.start(
+                "become(script, arguments, environment, errors, seconds)",
+                script=script,
+                arguments=list(map(str, arguments)),
+                environment=environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}),
+                errors=f"{log}.{rank}.err",
+                seconds=seconds,
+            )
+            for rank in range(world)
+        ]
         for rank in range(world) if only is None else only:
-            self.wait(pids[rank], seconds)
-        print(f"{log.name} on {world} ranks: {time.perf_counter() - begin:.1f} s")
-        errors, outputs = ([Path(f"{log}.{rank}.{end}").read_text() for rank in range(world)] for end in ("err", "out"))
-        return Group([self.codes.get(pid) for pid in pids], errors, outputs, pids)
+            ranks[rank].join()
+        print(f"{script} on {world} ranks: {time.perf_counter() - begin:.1f} s")
+        return Group(ranks, [Path(f"{log}.{rank}.err").read_text() for rank in range(world)])
 
-    def wait(self, pid: int, seconds: float = 60) -> int:
-        """The exit code of a rank, once it has ended."""
-        while pid not in self.codes:
-            self._await("ended", seconds)
-        return self.codes[pid]
+    def commands(
+        self, log: Path, *commands: Iterable[object], faults: Iterable[dict[str, Any]] = (), **how: Any
+    ) -> Group:
+        """Ranks that give these commands one after the other, each with its faults (fault_cases.py)."""
+        lines = [list(map(str, command)) for command in commands]
+        return self.group(log, "fault_cases", json.dumps(list(faults)), json.dumps(lines), **how)
 
-    def _await(self, what: str, seconds: float) -> Any:
-        while True:
-            line = self._lines.get(timeout=seconds)
-            if "ended" in line:
-                self.codes[line["ended"]] = line["code"]
-            if what in line:
-                return line[what]
+    def cases(self, script: str, world: int, folder: Path) -> dict[str, dict[str, Any]]:
+        """What a script wrote to folder/found.jsonl, by case; its ranks must have ended well."""
+        group = self.group(folder / "rank", script, folder, world=world)
+        assert group.codes == [0] * world, group.errors
+        lines = [json.loads(line) for line in (folder / "found.jsonl").read_text().splitlines()]
+        return {line.pop("case"): line for line in lines}

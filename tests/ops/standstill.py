@@ -1,16 +1,10 @@
-"""Groups of ranks that stand still, for test_watchdog: one rank of a case under torchrun, or several cases forked at once.
+"""One rank of a group that stands still, for test_watchdog: `standstill.py FOLDER CASE` under torchrun, or `run` in a fork.
 
-    torchrun ... standstill.py FOLDER CASE       this process is one rank
-    python standstill.py FOLDER CASE...          forks all ranks of all cases; rank 0 of each keeps its group's store
-
-Each rank leaves CASE.RANK.pid, CASE.RANK.finding (what the run's log would get), forked ones CASE.RANK.err; the second
-form prints every case's exit codes as JSON.
+Each rank leaves CASE.RANK.pid and CASE.RANK.finding (what the run's log would get).
 """
 
-import json
 import os
 import signal
-import socket
 import sys
 import time
 from contextlib import closing
@@ -86,42 +80,5 @@ def run(folder: Path, case: str) -> None:
     raise AssertionError("the group stood still, and yet this rank went on")
 
 
-def fork(folder: Path, cases: list[str]) -> dict[str, list[int]]:
-    """Run the cases side by side; a rank that stopped itself is killed once the others have ended."""
-    children: dict[tuple[str, int], int] = {}
-    codes: dict[str, list[int]] = {case: [0] * WORLD[case] for case in cases}
-    try:
-        for case in cases:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(WORLD[case])}
-            for rank in range(WORLD[case]):
-                os.environ["RANK"] = str(rank)
-                if not (pid := os.fork()):
-                    children.clear()
-                    with (folder / f"{case}.{rank}.err").open("w") as err:
-                        os.dup2(err.fileno(), 2)
-                    run(folder, case)
-                    sys.exit(0)
-                children[case, rank] = pid
-        for (case, rank), pid in sorted(children.items(), key=lambda child: STOPS.get(child[0][0]) == child[0][1]):
-            if STOPS.get(case) == rank:
-                os.kill(pid, signal.SIGKILL)
-            codes[case][rank] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            del children[case, rank]
-        return codes
-    finally:
-        for pid in children.values():
-            os.kill(pid, signal.SIGKILL)
-
-
 if __name__ == "__main__":
-    target, names = Path(sys.argv[1]), sys.argv[2:]
-    if "RANK" in os.environ:
-        run(target, names[0])
-    else:
-        for number in (signal.SIGALRM, signal.SIGTERM):
-            signal.signal(number, lambda *_: sys.exit("a case did not end"))
-        signal.alarm(60)
-        print(json.dumps(fork(target, names)))
+    run(Path(sys.argv[1]), sys.argv[2])

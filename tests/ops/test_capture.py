@@ -21,11 +21,9 @@ from gristmill.ops.replay import CaptureError, replay
 from gristmill.ops.run import Run
 from gristmill.ops.runlog import read_log
 from gristmill.pipeline.order import Order
-from gristmill.shards.engine import ingest
 from gristmill.shards.manifest import Manifest
-from PIL import Image
 
-from ..distributed.guard_cases import BATCH, go, objective, one_pixel, recipe_of
+from ..distributed.guard_cases import BATCH, go, make_data, objective, one_pixel, recipe_of
 
 PIXEL, LOSS, HUGE = (f"{position:012d}" for position in (12, 36, 60))
 OBJECTIVES = ["instance", "local_group", "group"]
@@ -43,13 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `run`, whose steps 1, 3, 5 were bad."""
     join()  # left at exit: other tests of this process use the group, too
     folder = tmp_path_factory.mktemp("capture")
-    draws = np.random.default_rng(0)
-    (folder / "images").mkdir()
-    for number in range(80):
-        Image.fromarray(draws.integers(0, 256, (6, 6, 3), np.uint8)).resize((40, 40)).save(
-            folder / "images" / f"{number}.jpg"
-        )
-    ingest(folder / "images", folder / "data", shard_samples=20)
+    make_data(folder, 80)
     go(folder / "run", recipe_of(folder, 6), {1: one_pixel(0, 7), 3: objective(0, "group", float("nan")), 5: huge})
     return folder
 

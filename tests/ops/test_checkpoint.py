@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import re
-import runpy
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -32,7 +31,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import Tensor
 
-run_ranks = runpy.run_path(str(Path(__file__).parents[1] / "ranks.py"))["run_ranks"]
+from ..ranks import run_ranks
 
 
 def split(tensors: dict[tuple[str, str], Tensor], world: int, cuts: Callable[[int], list[int]]) -> list[Content]:

@@ -1,7 +1,6 @@
 """Stores: a folder, and a real object store; publishing is all or nothing, and no secret is ever repeated."""
 
 import os
-import runpy
 import socket
 import traceback
 from collections.abc import Iterator
@@ -20,9 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import fs
 
-HELPERS = Path(__file__).parents[1]
-run_ranks = runpy.run_path(str(HELPERS / "ranks.py"))["run_ranks"]
-servers = runpy.run_path(str(HELPERS / "servers.py"))
+from ..ranks import run_ranks
+from ..servers import WEED_MISSING, Server, find_weed, weed_server
 
 
 def contents(value: float, world: int, size: int = 1000) -> list[Content]:
@@ -126,14 +124,14 @@ def test_no_secret_is_repeated(user: str, secret: str, quoted: bool):
 
 
 @pytest.fixture(scope="module")
-def weed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    if servers["find_weed"]() is None:
-        pytest.skip(servers["WEED_MISSING"])
-    with servers["weed_server"](tmp_path_factory.mktemp("weed")) as server:
+def weed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    if find_weed() is None:
+        pytest.skip(WEED_MISSING)
+    with weed_server(tmp_path_factory.mktemp("weed")) as server:
         yield server
 
 
-def address(server: Any, prefix: str, secret: str | None = None) -> str:
+def address(server: Server, prefix: str, secret: str | None = None) -> str:
     password = quote(secret or server.secret, safe="")
     query = f"endpoint_override={server.endpoint}&scheme=http&allow_bucket_creation=true"
     return f"s3://{server.key}:{password}@grist/{prefix}?{query}"
@@ -253,7 +251,7 @@ def test_what_arrives_damaged_is_not_used(place: str):
         Saved(store, 64).read("student", "w")
 
 
-def test_many_megabytes_go_up_in_parts(weed: Any, tmp_path: Path):
+def test_many_megabytes_go_up_in_parts(weed: Server, tmp_path: Path):
     store = ObjectStore(address(weed, tmp_path.name))
     data = torch.arange(12_000_000, dtype=torch.int32).view(torch.uint8).numpy()
     digest, size = store.put(64, "large", (data[i : i + 7_000_000].data for i in range(0, len(data), 7_000_000)))
@@ -263,7 +261,7 @@ def test_many_megabytes_go_up_in_parts(weed: Any, tmp_path: Path):
     store.release()
 
 
-def test_a_wrong_secret_is_an_error_at_the_start(weed: Any, tmp_path: Path):
+def test_a_wrong_secret_is_an_error_at_the_start(weed: Server, tmp_path: Path):
     with pytest.raises(CheckpointError, match="look at the bucket, its keys and its address") as caught:
         Writer(ObjectStore(address(weed, tmp_path.name, "wrong-c4nary")), 0, 1, keep=1)
     assert "s3://grist/" in str(caught.value)

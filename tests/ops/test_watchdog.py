@@ -1,10 +1,10 @@
 """A rank that stops or sleeps is named with its stack, and its group ends with STALLED; a slow or ended one is left alone."""
 
 import gc
-import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gristmill.ops.watchdog import ROWS, STALLED, Awake, Heart, Watchdog, WatchdogError, accuse, describe, stack_of
-from hypothesis import given
-from hypothesis import strategies as st
+from gristmill.ops.watchdog import STALLED, Awake, Watchdog, WatchdogError
 from torch._C._distributed_c10d import HashStore, TCPStore
 
+from ..workers import Worker, Workers
+from .standstill import STOPS, WORLD
+
+Groups = dict[str, list[Worker]]
 SCRIPT = Path(__file__).with_name("standstill.py")
 LIMIT = 60  # seconds after which a launch is given up; nothing here is meant to come near it
 
@@ -42,41 +44,58 @@ def state(pid: int) -> str:
 # Whole groups.
 
 
+# What a fork of a process that has imported torch does to be a rank.
+RANK = """
+    faulthandler.dump_traceback_later(limit, exit=True)
+    os.environ |= environment
+    os.dup2(os.open(f"{folder}/{case}.{environment['RANK']}.err", os.O_WRONLY | os.O_CREAT), 2)
+    run(Path(folder), case)
+"""
+IMPORTS = f"""
+    import faulthandler, os, sys
+    from pathlib import Path
+    sys.path.insert(0, {str(SCRIPT.parent)!r})
+    from standstill import run
+"""
+
+
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[subprocess.Popen[str]]]]:
-    """Two launches at once, since most of their time is waiting: torchrun with two ranks, the second of which stops;
-    and all cases without torchrun, side by side. Yields their folder."""
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, subprocess.Popen[str], Groups]]:
+    """All at once, since most of their time is waiting: torchrun with two ranks, the second of which stops; and the ranks
+    of all cases without torchrun, where rank 0 of each keeps its group's store. Yields their folder, too."""
     folder = tmp_path_factory.mktemp("launched")
     (folder / "torchrun").mkdir()
-    under = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        SCRIPT,
-        folder / "torchrun",
-        "stopped",
-    ]
-    plain = [SCRIPT, folder, "stopped", "asleep", "first", "alone", "healthy"]
-    launches = []
-    for name, command in (("torchrun", under), ("plain", plain)):
-        with (folder / f"{name}.out").open("w") as out:
-            command = [sys.executable, *map(str, command)]
-            launches.append(subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, text=True))
-    yield folder, launches
-    for launch in launches:
-        launch.terminate()
-        launch.wait()
+    under = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, *under, str(SCRIPT), str(folder / "torchrun"), "stopped"]
+    with (folder / "torchrun.out").open("w") as out:
+        launch = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, text=True)
+    with Workers(IMPORTS) as workers:
+        groups = {case: fork(workers, folder, case, world) for case, world in WORLD.items()}
+        yield folder, launch, groups
+    launch.terminate()
+    launch.wait()
+
+
+def fork(workers: Workers, folder: Path, case: str, world: int) -> list[Worker]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(world)}
+    environments = [group | {"RANK": str(rank)} for rank in range(world)]
+    return [workers.start(RANK, folder=str(folder), case=case, environment=e, limit=LIMIT) for e in environments]
 
 
 @pytest.fixture(scope="module")
-def forked(launched: tuple[Path, list[subprocess.Popen[str]]]) -> tuple[Path, dict[str, list[int]]]:
-    """The folder of the cases without torchrun, and the exit codes of each case's ranks."""
-    folder, (_, launch) = launched
-    code = launch.wait(2 * LIMIT)
-    said = (folder / "plain.out").read_text()
-    assert code == 0, said
-    return folder, json.loads(said.splitlines()[-1])
+def forked(launched: tuple[Path, subprocess.Popen[str], Groups]) -> tuple[Path, dict[str, list[int]]]:
+    """The folder of the cases without torchrun, and the exit codes of each case's ranks; one that stopped itself is
+    killed once the others have ended."""
+    folder, _, groups = launched
+    for case, ranks in groups.items():
+        for rank, worker in enumerate(ranks):
+            if STOPS.get(case) != rank:
+                worker.join()
+    for case, rank in STOPS.items():
+        groups[case][rank].kill()
+    return folder, {case: [worker.join() for worker in ranks] for case, ranks in groups.items()}
 
 
 def names_the_stopped(text: str, rank: int, stopped: int, pid: int) -> None:
@@ -93,8 +112,8 @@ def names_the_stopped(text: str, rank: int, stopped: int, pid: int) -> None:
     assert "all_reduce" in table.rpartition("stands in")[2]
 
 
-def test_a_stopped_rank_is_named_and_torchrun_fails(launched: tuple[Path, list[subprocess.Popen[str]]]):
-    folder, (launch, _) = launched
+def test_a_stopped_rank_is_named_and_torchrun_fails(launched: tuple[Path, subprocess.Popen[str], Groups]):
+    folder, launch, _ = launched
     ranks = folder / "torchrun"
     until(lambda: len(list(ranks.glob("*.pid"))) == 2 or launch.poll() is not None, "the ranks had come up")
     pids = [int((ranks / f"stopped.{rank}.pid").read_text()) for rank in range(2)]
@@ -241,6 +260,16 @@ def test_patience_for_a_block_lasts_as_long_as_the_block():
         assert group.left == [(0, STALLED)]
 
 
+def test_ranks_hear_each_other_though_their_nodes_restarted_unequally_often(monkeypatch: pytest.MonkeyPatch):
+    """torchrun counts restarts by node; what an earlier attempt left is kept apart by the store that `launch` makes."""
+    with kennel(2) as group:
+        for rank in range(2):
+            monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(rank))
+            group.add(rank)
+        group.watch(1.2, *group.dogs.values())
+        assert not group.left
+
+
 def test_a_neighbour_that_never_comes_is_named():
     with kennel(3) as group:
         group.add(0)
@@ -320,69 +349,3 @@ def test_time_in_which_the_watcher_was_stopped_does_not_count():
     time.sleep(0.3)
     assert clock.tick() <= 0.02
     assert clock.tick() <= 0.04
-
-
-def test_the_stack_of_a_thread_ends_where_it_stands():
-    stack = stack_of(threading.get_ident())
-    assert stack[-1][0].endswith("watchdog.py")
-    assert [name for _, _, name in stack if name.startswith("test_")] == [stack[-2][2]]
-    assert stack_of(-1) == []
-
-
-# Who is to blame.
-
-
-def heart(rank: int, beat: int, **other) -> Heart:
-    known = {"phase": "p", "position": 0, "count": 0, "idle": 1.0, "silent": 0.0, "waits": False, "left": False}
-    return Heart(
-        **{"rank": rank, "host": "h", "pid": rank, "beat": beat, "stack": [("f.py", rank, "g")], **known, **other}
-    )
-
-
-hearts = st.lists(
-    st.tuples(st.integers(-1, 2), st.integers(0, 2), st.booleans(), st.booleans(), st.booleans()),
-    min_size=1,
-    max_size=6,
-)
-
-
-@given(hearts)
-def test_blame(ranks: list[tuple[int, int, bool, bool, bool]]):
-    """In order: who stopped; who is busy, the furthest behind; who left; who waits, the furthest behind."""
-    after: dict[int, Heart | None] = {
-        rank: heart(rank, 7, position=position, count=count, waits=waits, left=left)
-        for rank, (position, count, waits, left, _) in enumerate(ranks)
-    }
-    before: dict[int, Heart | None] = {rank: heart(rank, 7 if ranks[rank][-1] else 6) for rank in after}
-    kind, suspects = accuse(before, after)
-    stopped = [rank for rank, (*_, left, stopped) in enumerate(ranks) if stopped and not left]
-    present = [rank for rank, (*_, left, _) in enumerate(ranks) if not left]
-    busy = [rank for rank in present if not ranks[rank][2]]
-    assert suspects
-    if stopped:
-        assert (kind, suspects) == ("stopped", stopped)
-    elif not busy and len(present) < len(ranks):
-        assert (kind, suspects) == ("left", [rank for rank in after if rank not in present])
-    else:
-        least = min(ranks[rank][:2] for rank in busy or present)
-        assert suspects == [rank for rank in busy or present if ranks[rank][:2] == least]
-        assert kind == ("all" if len(suspects) == len(ranks) > 1 else "stuck")
-    text = describe(before, after)
-    assert text.count("stood here:\n") == len(suspects)
-    assert all(f"rank {rank} (host h, pid {rank})" in text for rank in suspects[:3] if kind != "all")
-
-
-def test_a_report_of_a_large_group_stays_short():
-    before: dict[int, Heart | None] = {rank: heart(rank, 1) for rank in range(4096)}
-    after: dict[int, Heart | None] = {rank: heart(rank, 2, waits=rank != 4000) for rank in before} | {7: None}
-    lines = describe(before, after).splitlines()
-    assert lines[0] == "rank 7 was never heard"
-    after[7] = heart(7, 2, waits=True)
-    text = describe(before, after)
-    assert text.splitlines()[0].startswith("rank 4000 (host h, pid 4000) makes no progress")
-    assert f"... {4096 - ROWS} more" in re.sub(" +", " ", text)
-    assert len(text.splitlines()) < ROWS + 10
-    alike = describe(before, {rank: heart(rank, 2, stack=[("f.py", 1, "g")]) for rank in before})
-    assert alike.startswith("no rank makes progress, and none stands out\n")
-    assert alike.count("stood here") == 1
-    assert len(alike) < 10_000

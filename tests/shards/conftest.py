@@ -2,7 +2,6 @@
 folder of tars as others make them, a server with twelve shards, and a disk that is soon full."""
 
 import io
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from gristmill.shards.client import Client
 from gristmill.shards.remote import HttpBlob
 from PIL import Image
 
+from .. import disks
 from ..faulty_http import FaultyServer
 from .cached import QUICK, content
 from .remotes import DATA
@@ -76,14 +76,5 @@ def blob(server: FaultyServer) -> Callable[[int], HttpBlob]:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB of its own: the only honest way to fill a disk."""
-    place = tmp_path / "small-disk"
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.decode().strip()}")
-    try:
+    with disks.small_disk(tmp_path / "small-disk", "1m") as place:
         yield place
-    finally:
-        subprocess.run(["umount", "--lazy", str(place)], check=True)  # lazy: a failing test may hold a file open

@@ -4,10 +4,12 @@ import functools
 import io
 import tarfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
-from gristmill.shards.index import ShardError, index_shard, members
+from gristmill.shards import index
+from gristmill.shards.index import ShardError, index_shard, members, sample_shard
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -64,6 +66,32 @@ def test_the_same_samples_as_webdataset(scratch: Path, named: list, kind: str, l
         suffix = named[row][1].lower()
         assert rows.format[row] == suffix.replace("jpeg", "jpg")
         assert data[rows.offset[row] : rows.offset[row] + rows.length[row]] == sample[suffix]
+
+
+named_alike = st.sampled_from(
+    ["{}.jpg", "{}.png", "a.{}.jpg", "{}.jpg.jpg", "d/{}.jpg", "__{}.jpg", ".{}.jpg", "{}jpg", "{}.txt"]
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=8), named_alike, named_alike | st.none())
+def test_shards_of_images_alone_are_read_the_same_quickly(
+    scratch: Path, numbers: list[int], first: str, odd: str | None
+) -> None:
+    """The few passes for plain names against the loop for all names, where they may differ: at the edges of "plain"."""
+    entries = [(first.format(number), b"x") for number in numbers]
+    tar(scratch, entries if odd is None else [*entries[1:], (odd.format(numbers[0]), b"x")], "ustar")
+
+    def outcome() -> object:
+        try:
+            found = sample_shard(scratch)
+        except ShardError as error:
+            return str(error)
+        return found.rows.keys, found.rows.format, found.rows.offset.tolist(), list(found.images), found.counts
+
+    quick = outcome()
+    with mock.patch.object(index, "_images_alone", return_value=None):
+        assert outcome() == quick
 
 
 SAMPLES = [(f"{i:04d}.{'jpg' if i % 3 else 'png'}", bytes([i]) * (200 * i + 13)) for i in range(8)]
