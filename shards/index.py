@@ -74,7 +74,11 @@ def split_name(name: str) -> tuple[str, str]:
 def sample_shard(source: Blob | str | Path) -> Sampled:
     """The samples with an image, perhaps none, the members behind them, and counts of the rest. Raises ShardError."""
     found = scan(source)
-    keys: list[str] = []
+    if (alone := _images_alone(found.names)) is not None:
+        keys, suffix = alone
+        rows = _rows(found, keys, [_FORMATS[suffix]] * len(keys), np.arange(len(keys)))
+        return Sampled(rows, found, list(range(len(keys))), +_counts(found))
+    keys = []
     formats: list[str] = []
     images: list[int] = []
     groups = loose = 0
@@ -108,8 +112,36 @@ def sample_shard(source: Blob | str | Path) -> Sampled:
             keys.append(key)
             formats.append(_FORMATS[suffix])
             images.append(at)
-    n, chosen = len(keys), np.array(images, np.int64)
-    rows = Rows(
+    n, rows = len(keys), _rows(found, keys, formats, np.array(images, np.int64))
+    counts = _counts(found)
+    counts[HIDDEN] += loose
+    counts[BARE] += groups - n
+    counts[SIDES] += len(found) - loose - n
+    counts[AGAIN] += n - len(set(keys))
+    return Sampled(rows, found, images, +counts)
+
+
+def _images_alone(names: list[str]) -> tuple[list[str], str] | None:
+    """Keys and the one suffix, where every member is an image of a sample of its own, as plainly named as most are.
+
+    The same as the loop above finds, by a few passes over one string: it would cost a third of the whole index.
+    """
+    if not names:
+        return None
+    n, text = len(names), "\0".join(names)
+    suffix = names[0].rpartition(".")[2]
+    end = f".{suffix}\0"
+    plain = text.count(".") == n and text[0] != "." and "\0." not in text and "/" not in text and "__" not in text
+    if suffix not in IMAGES or not plain or text.count(end) != n - 1 or not text.endswith(end[:-1]):
+        return None
+    keys = text[: 1 - len(end)].split(end)
+    return (keys, suffix) if len(set(keys)) == n else None
+
+
+def _rows(found: Members, keys: list[str], formats: list[str], chosen: np.ndarray) -> Rows:
+    """Rows of the images that are members `chosen`, int64 [n]."""
+    n = len(keys)
+    return Rows(
         keys=keys,
         offset=found.offsets[chosen],
         length=found.lengths[chosen],
@@ -119,12 +151,6 @@ def sample_shard(source: Blob | str | Path) -> Sampled:
         format=formats,
         deep=False,
     )
-    counts = _counts(found)
-    counts[HIDDEN] += loose
-    counts[BARE] += groups - n
-    counts[SIDES] += len(found) - loose - n
-    counts[AGAIN] += n - len(set(keys))
-    return Sampled(rows, found, images, +counts)
 
 
 def _counts(found: Members) -> Counter[str]:
