@@ -7,12 +7,12 @@ ours to drop, the reader puts a substitute into such a slot at once, and no seco
 
 from __future__ import annotations
 
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from isal.isal_zlib import crc32
 
 from .archive import ShardError
 from .blob import Blob
@@ -38,12 +38,12 @@ class Depth:
 def deepen(blob: Blob, rows: Rows) -> Depth:
     """Read and decode every image of a shard. ShardError where the bytes end; a blob's own errors pass through."""
     n = len(rows)
-    crc32, width, height = np.zeros(n, np.uint32), np.zeros(n, np.int32), np.zeros(n, np.int32)
+    sums, width, height = np.zeros(n, np.uint32), np.zeros(n, np.int32), np.zeros(n, np.int32)
     found = Depth(rows)
     for row, data in images(blob, rows):
         if len(data) < rows.length[row]:
             raise ShardError(blob.url, int(rows.offset[row]) + len(data), "cut short while it was read")
-        crc32[row] = zlib.crc32(data)
+        sums[row] = crc32(data)
         try:
             image = check_image(data)
         except ImageError as error:
@@ -52,7 +52,7 @@ def deepen(blob: Blob, rows: Rows) -> Depth:
         width[row], height[row] = image.width, image.height
         if image.reencoded is not None:
             found.odd[image.reencoded] += 1
-    found.rows = replace(rows, crc32=crc32, width=width, height=height, deep=True)
+    found.rows = replace(rows, crc32=sums, width=width, height=height, deep=True)
     return found
 
 

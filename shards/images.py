@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import io
 import struct
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
+from isal.isal_zlib import crc32
 from PIL import Image
 
 from .errors import GristmillError
@@ -91,7 +91,7 @@ def check_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> CheckedImage:
         raise ImageError(f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from error
     if orientation in _MIRRORED:
         width, height = height, width
-    return CheckedImage(data, kind, width, height, zlib.crc32(data))
+    return CheckedImage(data, kind, width, height, crc32(data))
 
 
 def _reencode(image: Image.Image, data: bytes, kind: str, reason: str) -> CheckedImage:
@@ -108,7 +108,7 @@ def _reencode(image: Image.Image, data: bytes, kind: str, reason: str) -> Checke
     else:
         upright.save(file, "JPEG", quality=95, subsampling=0)
     out = file.getvalue()
-    return CheckedImage(out, "png" if lossless else "jpg", *upright.size, zlib.crc32(out), reason)
+    return CheckedImage(out, "png" if lossless else "jpg", *upright.size, crc32(out), reason)
 
 
 def _jpeg(data: bytes) -> int:
@@ -144,7 +144,7 @@ def _png(data: bytes) -> int:
             raise _OddError("PNG without its end")
         (length,) = struct.unpack_from(">I", data, at)
         name, end = data[at + 4 : at + 8], at + 8 + length
-        if data[end : end + 4] != zlib.crc32(data[at + 4 : end]).to_bytes(4, "big"):
+        if data[end : end + 4] != crc32(data[at + 4 : end]).to_bytes(4, "big"):
             raise _OddError("PNG with a wrong checksum")
         if name == b"IEND":
             return orientation

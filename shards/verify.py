@@ -6,10 +6,11 @@ Findings are returned, not raised, so that one look shows all of the damage; onl
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from isal.isal_zlib import crc32
 
 from .archive import ShardError
 from .blob import Blob
@@ -133,7 +134,7 @@ def _decode(url: str, blob: Blob, rows: Rows) -> Iterator[Finding]:
         key, length = rows.keys[row], int(rows.length[row])
         if len(data) < length:
             yield Finding(url, key, f"cut short: {len(data)} of {length} bytes")
-        elif rows.deep and zlib.crc32(data) != rows.crc32[row]:
+        elif rows.deep and crc32(data) != rows.crc32[row]:
             yield Finding(url, key, "bytes changed (crc32)")
         else:
             known = rows.deep and rows.width[row]
