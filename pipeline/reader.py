@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike
 from ..shards.manifest import Manifest, Rows
 from ..shards.quarantine import Quarantine
 from ..shards.retry import RetryPolicy
+from .ahead import Ahead
 from .checks import BLOCK, Damage, crc32, decodes, header_size, member_size
 from .crew import Crew
 from .fetch import DamageError, Fetcher, FetchStats, Opened
@@ -35,7 +36,6 @@ from .views import CacheConfig
 __all__ = ["DamageError", "ReadResult", "Reader", "Sample", "decodes"]
 
 _CANDIDATES = 64  # tried at a time; with at most a few in a thousand damaged, the first one nearly always serves
-_TOGETHER = 2048  # positions
 _KNOWN, _REMOVED = object(), object()  # problems that need no entry in the quarantine
 _PATIENCE = 3.0  # seconds that closing waits for a read that hangs
 
@@ -117,7 +117,7 @@ class Reader:
         self._bad: dict[int, set[int]] = {}  # rows in quarantine by shard
         self._bad_known = 0
         self._numbers: dict[str, int] | None = None
-        self._located: tuple[int, Ints, Ints] = (0, np.zeros(0, np.int64), np.zeros(0, np.int64))
+        self._ahead = Ahead(order)
         self._lock = threading.RLock()
         self._check_bound()
 
@@ -133,7 +133,7 @@ class Reader:
         """
         positions = np.asarray(positions, np.int64)
         with self._lock:
-            shards, rows = self._locate(positions)
+            shards, rows = self._ahead.locate(positions)
             found = _Found(len(positions))
             removed = self.order.removed(shards, rows)
             for slot in np.flatnonzero(removed).tolist():
@@ -170,19 +170,6 @@ class Reader:
         self._fetcher.halt()
         self._crew.close(_PATIENCE)
         self._fetcher.close(_PATIENCE)
-
-    def _locate(self, positions: Ints) -> tuple[Ints, Ints]:
-        """The order's answer; of small batches in a row, many are asked for together, which costs a tenth."""
-        n = len(positions)
-        if not n or n >= _TOGETHER or (np.diff(positions) != 1).any():
-            return self.order.locate(positions)
-        first, shards, rows = self._located
-        at = int(positions[0]) - first
-        if not 0 <= at <= len(shards) - n:
-            first, at = int(positions[0]), 0
-            shards, rows = self.order.locate(np.arange(first, first + _TOGETHER))
-            self._located = first, shards, rows
-        return shards[at : at + n].copy(), rows[at : at + n].copy()
 
     def _gather(self, shards: Ints, rows: Ints, found: _Found, decode_check: bool, only: Sequence[int] = ()) -> None:
         """Read the slots (or `only` some of them) that have no problem yet, on all threads."""
