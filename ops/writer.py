@@ -9,7 +9,6 @@ all ranks, the older ones stay, and the loop is told why.
 
 from __future__ import annotations
 
-import errno
 import json
 import threading
 import time
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..shards.storage import NO_SPACE
 from .checkpoint import (
     DIGEST,
     NAMES,
@@ -37,7 +37,6 @@ from .stores import Store
 ALIGN = 64  # bytes; every tensor type may begin there
 PATIENCE = 30.0  # seconds that rank 0 waits for a note that another rank has written but a shared folder does not show
 ELSEWHERE = "another rank could not"  # how the failure ends on ranks that have nothing to say about it
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -296,7 +295,7 @@ class Writer:
         place, why = self.store.shown(job.position), job.error.strerror or str(job.error)
         free = self.store.free()
         room = f" ({free / 1e6:.0f} MB free there)" if free is not None else ""
-        remedy = "make room" if job.error.errno in FULL else f"look at {self.store}"
+        remedy = "make room" if job.error.errno in NO_SPACE else f"look at {self.store}"
         return (
             f"could not write the checkpoint {place}: {why}{room}. Older checkpoints are untouched; {remedy}: the next "
             "one is tried as usual, or start the same command again if the run has ended."

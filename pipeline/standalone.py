@@ -122,7 +122,7 @@ def images(
     views: Sequence[View] | None = None,
     size: int = 224,
     augment: str | Augment = "none",
-    seed: int = 0,
+    seed: int | None = None,
     state: str | None = None,
     rank: int = 0,
     world: int = 1,
@@ -137,8 +137,9 @@ def images(
 
     An entry of a list may be {"path": ..., "weight": ..., "where": ...}. `views` are crops to cut of every image; without
     them it is one, "image", of `size` pixels, the middle square unless `augment` names a preset ("weak", "moco", ...).
-    `batch` is over all `world` ranks. `stop` ends the stream at a position (one rank only). `config` sets lanes, window,
-    prefetch, threads and cache; its lanes and window default to a full shuffle of up to 4 million images. `quarantine`
+    `batch` is over all `world` ranks. `stop` ends the stream at a position (one rank only). `config` sets seed, lanes,
+    window, prefetch, threads and cache; without it the seed is `seed` (0), lanes and window give a full shuffle of up to 4
+    million images. `quarantine`
     is a file that keeps damaged samples from one run to the next; what is delivered does not depend on it.
     """
     places = [data] if isinstance(data, str | Path | Mapping) else list(data)
@@ -149,7 +150,9 @@ def images(
         # A state brings its own along: of data that grew since, others would be suggested.
         counts = np.concatenate([source.selected for source in sources])
         lanes, window = suggest(counts) if cursor is None else (cursor.lanes, cursor.window)
-        config = StreamConfig.model_validate({"seed": seed, "lanes": lanes, "window": window})
+        config = StreamConfig.model_validate({"seed": seed or 0, "lanes": lanes, "window": window})
+    elif seed is not None and seed != config.seed:
+        raise ImagesError(f"seed is {seed}, and config.seed is {config.seed}: say it once, in the config")
     stream = Stream(
         sources,
         config.seed,

@@ -95,6 +95,13 @@ def test_a_state_of_other_data_is_refused(manifest):
         some.seek(-1)
 
 
+def test_two_seeds_are_refused(manifest):
+    with pytest.raises(ImagesError, match=r"seed is 3, and config\.seed is 7"):
+        stream(manifest.root, seed=3)
+    with stream(manifest.root, seed=CONFIG.seed) as some:
+        assert some.stream.cursor.seed == CONFIG.seed
+
+
 def test_a_mixture_with_weights_and_filters(manifest, tmp_path):
     other = write_data(tmp_path / "other")
     data = [{"path": manifest.root, "weight": 3}, {"path": str(other.root), "where": "width == 44"}]
