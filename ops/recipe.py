@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from ..models.student import StudentConfig
 from ..objectives import GroupConfig, InstanceConfig, LocalGroupConfig
+from ..pipeline.groups import named_views
 from ..pipeline.views import StreamConfig, View
 from ..shards.errors import GristmillError
 from .guard import GuardConfig
@@ -150,7 +151,7 @@ class Recipe(Piece):
     threads: int = Field(default=0, ge=0)  # CPU threads a rank; 0: as many as this process may use
     # autocast: products in bf16, weights fp32. bf16: weights in bf16 as well, with fp32 masters, moments and reduction.
     precision: Literal["fp32", "autocast", "bf16"] = "fp32"
-    views: list[View]
+    views: list[View]  # or the name of a whole set of them, such as mugs (pipeline/groups.py)
     stream: StreamConfig = StreamConfig()
     student: StudentConfig
     objectives: ObjectivesConfig
@@ -164,6 +165,11 @@ class Recipe(Piece):
     checkpoint: CheckpointConfig = CheckpointConfig()
     probes: ProbeConfig = ProbeConfig()
     metrics: MetricsConfig = MetricsConfig()
+
+    @field_validator("views", mode="before")
+    @classmethod
+    def _spelled_out(cls, value: Any) -> Any:
+        return named_views(value) if isinstance(value, str) else value
 
     @model_validator(mode="before")
     @classmethod
@@ -261,11 +267,22 @@ def load_recipe(source: str | Path, overrides: typing.Sequence[str] = (), tiny: 
         raise RecipeError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise RecipeError(f"{path} holds no keys; see {RECIPES / 'demo.yaml'} for an example")
+    _name_views(tree, path)
     if tiny:
         tree = shrink(tree)
     for override in overrides:
         apply_override(tree, override)
+        _name_views(tree, path)
     return parse_recipe(tree, str(path))
+
+
+def _name_views(tree: dict[str, Any], path: Path) -> None:
+    """Spell out views that are given by name, so that overrides and `--tiny` reach into them."""
+    if isinstance(views := tree.get("views"), str):
+        try:
+            tree["views"] = named_views(views)
+        except ValueError as error:
+            raise RecipeError(f"{path}:\n  views: {error}") from error
 
 
 def parse_recipe(tree: dict[str, Any], origin: str) -> Recipe:
@@ -315,8 +332,11 @@ def shrink(tree: dict[str, Any]) -> dict[str, Any]:
     student.pop("neighbours", None)
     patch = student.setdefault("patch_size", 16)
     cap(student, image_size=4 * patch)
-    for index, view in enumerate(tree.get("views", [])):
-        cap(view, size=(4 if index == 0 or view.get("role") in ("teacher", "both") else 2) * patch)
+    views = tree.get("views", [])
+    largest = max((view.get("size", 0) for view in views), default=0)
+    for index, view in enumerate(views):
+        large = index == 0 or view.get("role") in ("teacher", "both") or view.get("size") == largest
+        cap(view, size=(4 if large else 2) * patch)
     for config in (tree.get("objectives") or {}).values():
         if isinstance(config, dict):
             cap(config, queue=1024, memory=1024, neighbours=4)

@@ -9,6 +9,8 @@ Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 4
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -21,7 +23,8 @@ ORDER_SHARDS = 2000  # round keys of the permutation of shards, counted by the e
 ORDER_WINDOWS = 2001  # round keys of the permutations inside windows, counted by (epoch, lane, window)
 MIXTURE = 2002  # which data set a position reads
 DROP_PATH = 2100  # layer l of the student draws from stream DROP_PATH + l
-MASK = 2300  # masked patches
+MASK = 2300  # masked patches of crop v draw from stream MASK + v, v < 1000
+NOISE = 4000  # the noise that erased boxes are filled with
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -61,19 +64,23 @@ def words(seed: int, positions: ArrayLike, stream: ArrayLike, count: int) -> NDA
     positions int64 and stream int broadcast against each other: `positions[:, None], arange(v)` gives [n, v, count].
     Word i does not depend on `count`: asking for more leaves the first ones as they are.
     """
+    return word_blocks(seed, positions, stream, range(-(-count // 4)))[..., :count]
+
+
+def word_blocks(seed: int, positions: ArrayLike, stream: ArrayLike, blocks: Sequence[int]) -> NDArray[np.uint32]:
+    """Words 4 b ... 4 b + 3 of each (position, stream), for each b of `blocks`: uint32 [..., 4 * len(blocks)]."""
     positions, stream = np.asarray(positions, np.int64), np.asarray(stream, np.int64)
     if positions.size and positions.min() < 0:
         raise SeedError(f"position {positions.min()} is negative: positions count samples from 0")
     if stream.size and not 0 <= stream.min() <= stream.max() < 2**32:
         raise SeedError(f"stream {stream.min()} ... {stream.max()} does not fit in 32 bits")
-    blocks = -(-count // 4)
     shape = np.broadcast_shapes(positions.shape, stream.shape)
-    counter = np.empty((*shape, blocks, 4), np.uint32)
+    counter = np.empty((*shape, len(blocks), 4), np.uint32)
     counter[..., 0] = (positions & 0xFFFFFFFF)[..., None]
     counter[..., 1] = (positions >> 32)[..., None]
     counter[..., 2] = stream[..., None]
-    counter[..., 3] = np.arange(blocks, dtype=np.uint32)
-    return philox4x32(counter, key_from(seed)).reshape(*shape, 4 * blocks)[..., :count]
+    counter[..., 3] = np.array(blocks, np.uint32)
+    return philox4x32(counter, key_from(seed)).reshape(*shape, 4 * len(blocks))
 
 
 def paired(words: NDArray[np.uint32]) -> NDArray[np.uint64]:
@@ -87,17 +94,24 @@ def uniform(seed: int, positions: ArrayLike, stream: ArrayLike, count: int) -> N
     return words(seed, positions, stream, count).astype(np.float64) * 2.0**-32
 
 
+def uniform_blocks(seed: int, positions: ArrayLike, stream: ArrayLike, blocks: Sequence[int]) -> NDArray[np.float64]:
+    """The draws of `uniform` that belong to these blocks of four alone: float64 [..., 4 * len(blocks)]."""
+    return word_blocks(seed, positions, stream, blocks).astype(np.float64) * 2.0**-32
+
+
+def boxed(u: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Uniform draws in [0, 1) to standard normal ones by Box and Muller, two to two: float64 [..., 2 n] both."""
+    radius = np.sqrt(-2.0 * np.log(1.0 - u[..., 0::2]))  # 1 - u is in (0, 1]: no infinity
+    angle = 2.0 * np.pi * u[..., 1::2]
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1).reshape(u.shape)
+
+
 def normal(seed: int, positions: ArrayLike, stream: ArrayLike, count: int) -> NDArray[np.float64]:
     """Standard normal draws by Box and Muller: float64 [..., count]; draw i uses words 2 * (i // 2) and the next.
 
     The logarithm and the sine are the C library's: equal on one machine, not promised bit for bit across libraries.
     """
-    pairs = -(-count // 2)
-    u = uniform(seed, positions, stream, 2 * pairs)
-    radius = np.sqrt(-2.0 * np.log(1.0 - u[..., 0::2]))  # 1 - u is in (0, 1]: no infinity
-    angle = 2.0 * np.pi * u[..., 1::2]
-    both = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
-    return both.reshape(*both.shape[:-2], 2 * pairs)[..., :count]
+    return boxed(uniform(seed, positions, stream, 2 * -(-count // 2)))[..., :count]
 
 
 def integers(seed: int, positions: ArrayLike, stream: ArrayLike, count: int, high: int) -> NDArray[np.int64]:

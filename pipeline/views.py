@@ -1,83 +1,29 @@
 """The pieces of a recipe that the pipeline reads: which crops are cut of every image, and how the stream is run.
 
 A view is a named group of equal crops ("two of 224 pixels, a quarter of the image or more"); nothing here assumes
-two globals and ten locals. An augmentation is a set of probabilities and ranges, spelled out or taken from a preset
-by name. The numbers of the presets are those of the papers: "weak" is DINO's (Caron et al. 2021) and Mugs' (Zhou et
-al. 2022), "moco" is MoCo v2's (Chen et al. 2020). Carrying out the recipe is for draws.py and augment/.
+two globals and ten locals. How crops are coloured is for augmentation.py, sets of views by name are in groups.py.
+Carrying out the recipe is for draws.py and augment/.
 """
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Probability = Annotated[float, Field(ge=0, le=1)]
+from .augmentation import PRESETS, Augment, Probability, Strong
 
-# What a preset changes in the defaults of Augment. A list of probabilities has one entry for each copy of the view.
-PRESETS: dict[str, dict[str, Any]] = {
-    "weak": {"blur": [1.0, 0.1], "solarize": [0.0, 0.2]},
-    "weak-local": {"blur": [0.5], "solarize": [0.0]},
-    "moco": {"saturation": 0.4, "blur": [0.5], "solarize": [0.0]},
-    "none": {"crop": "centre", "flip": 0.0, "jitter_p": 0.0, "grey": 0.0, "blur": [0.0], "solarize": [0.0]},
-}
-
-BLUR_REFERENCE = 96  # pixels; see View.sigma
-
-
-class Augment(BaseModel):
-    """Chances and ranges of one augmentation. Applied in the order of the fields, normalisation last.
-
-    Brightness, contrast and saturation are factors drawn from [1 - v, 1 + v] (not below 0), hue is a shift drawn from
-    [-v, v] in turns of the colour circle: torchvision.transforms.ColorJitter's meaning of the same numbers.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    crop: Literal["random", "centre"] = "random"  # centre: the largest square in the middle, no draw
-    flip: Probability = 0.5
-    jitter_p: Probability = 0.8  # of the four that follow, together
-    brightness: float = Field(default=0.4, ge=0)
-    contrast: float = Field(default=0.4, ge=0)
-    saturation: float = Field(default=0.2, ge=0)
-    hue: float = Field(default=0.1, ge=0, le=0.5)
-    grey: Probability = 0.2
-    blur: list[Probability] = Field(default=[0.0], min_length=1)  # for each copy of the view; the last one repeats
-    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels of the crop; see View.sigma
-    solarize: list[Probability] = Field(default=[0.0], min_length=1)  # for each copy of the view; the last one repeats
-    solarize_threshold: float = Field(default=128, ge=0, le=255)  # values from here up are inverted
-
-    @model_validator(mode="before")
-    @classmethod
-    def _preset(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            value = {"preset": value}
-        if not isinstance(value, dict) or "preset" not in value:
-            return value
-        name, own = value["preset"], {key: entry for key, entry in value.items() if key != "preset"}
-        if name not in PRESETS:
-            near = difflib.get_close_matches(str(name), PRESETS, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"no augmentation {name!r}: {hint}there are {', '.join(PRESETS)}")
-        return PRESETS[name] | own
-
-    @field_validator("blur", "solarize", mode="before")
-    @classmethod
-    def _one_for_all(cls, value: Any) -> Any:
-        return [value] if isinstance(value, int | float) else value
-
-    @model_validator(mode="after")
-    def _possible(self) -> Augment:
-        low, high = self.blur_sigma
-        if not 0 < low <= high:
-            raise ValueError(f"blur_sigma: ({low}, {high}) is no range of positive numbers, smaller one first")
-        return self
+__all__ = ["PRESETS", "Augment", "CacheConfig", "StreamConfig", "Strong", "View"]
 
 
 class View(BaseModel):
-    """`count` crops of `size` x `size` pixels, each cut and coloured on its own."""
+    """`count` crops of `size` x `size` pixels, each cut and coloured on its own.
+
+    With `strong`, each crop takes one of two forms: the weak one (`augment`) with probability `weak_p`, or the strong
+    one. Who tosses the coin: every crop for itself, or the image for all crops of the view (`coin: image`), and then
+    for all views that name the same `coin_group`.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -87,7 +33,13 @@ class View(BaseModel):
     scale: tuple[float, float] = (0.25, 1.0)  # share of the image's area
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width to height, log-uniform
     role: Literal["teacher", "student", "both"] = "both"
+    # Of resizing. Both widen with the scale (antialiased): a triangle, or PIL's cubic with a = -0.5.
+    filter: Literal["bilinear", "bicubic"] = "bilinear"
     augment: Augment = Field(default_factory=lambda: Augment.model_validate("weak"))
+    strong: Strong | None = None
+    weak_p: Probability = 0.5  # of the weak form; without `strong` there is no other
+    coin: Literal["crop", "image"] = "crop"
+    coin_group: str | None = None
 
     @model_validator(mode="after")
     def _possible(self) -> View:
@@ -95,25 +47,26 @@ class View(BaseModel):
             raise ValueError(f"scale: {self.scale} is no range of shares between 0 and 1, smaller one first")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"ratio: {self.ratio} is no range of positive numbers, smaller one first")
+        if self.coin_group is not None and self.coin != "image":
+            raise ValueError(
+                f"coin_group: {self.coin_group!r} needs `coin: image`; with `coin: crop` nothing is shared"
+            )
+        if self.strong is not None and self.augment.crop != "random":
+            raise ValueError("strong: goes with a random crop alone; leave augment.crop out")
         return self
 
     def blur(self, copy: int) -> float:
-        """Probability that the copy of this index is blurred."""
+        """Probability that the copy of this index is blurred, in the weak form."""
         return self.augment.blur[min(copy, len(self.augment.blur) - 1)]
 
     def solarize(self, copy: int) -> float:
-        """Probability that the copy of this index is solarised."""
+        """Probability that the copy of this index is solarised, in the weak form."""
         return self.augment.solarize[min(copy, len(self.augment.solarize) - 1)]
 
     @property
     def sigma(self) -> tuple[float, float]:
-        """Range of the blur's standard deviation in pixels of the crop.
-
-        The papers blur crops of 224 and of 96 pixels with one and the same range of pixels, and so do we from 96
-        pixels up. Smaller crops get it in proportion to their size: a sigma of 2 would leave nothing of 24 pixels.
-        """
-        share = min(1.0, self.size / BLUR_REFERENCE)
-        return self.augment.blur_sigma[0] * share, self.augment.blur_sigma[1] * share
+        """Range of the blur's standard deviation in pixels of the crop, in the weak form; see Augment.sigma."""
+        return self.augment.sigma(self.size)
 
 
 class CacheConfig(BaseModel):
@@ -141,6 +94,7 @@ class StreamConfig(BaseModel):
     prefetch: int = Field(default=2, ge=1)  # batches that wait ready
     damage_bound: float = Field(default=0.001, ge=0, le=1)  # share of the data that may be damaged before the run stops
     dali_threads: int = Field(default=1, ge=1)
+    augment: Literal["auto", "dali", "cpu"] = "auto"  # who carries draws out; auto: DALI on GPUs, else our own for CPUs
     stall: float = Field(default=600.0, gt=0)  # seconds without a batch after which the run stops and says why
     deadline: float = Field(default=300.0, gt=0)  # seconds over all tries of one read from a server
     cache: CacheConfig | None = None

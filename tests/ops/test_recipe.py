@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from gristmill.ops.recipe import RECIPES, RecipeError, dump_recipe, load_recipe
+from gristmill.ops.recipe import RECIPES, Recipe, RecipeError, dump_recipe, load_recipe
+from pydantic import ValidationError
 
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
@@ -61,6 +62,49 @@ def test_overrides_reach_lists_and_nested_keys():
     assert recipe.views[1].count == 6
     assert recipe.views[0].scale == (0.3, 0.9)
     assert recipe.metrics.port == "off"
+
+
+def test_views_can_be_given_by_name(tmp_path: Path):
+    tree = yaml.safe_load((RECIPES / "demo.yaml").read_text()) | {"views": "mugs"}
+    tree["student"] |= {"image_size": 224, "patch_size": 16}
+    (tmp_path / "named.yaml").write_text(yaml.safe_dump(tree))
+    recipe = load_recipe(tmp_path / "named.yaml")
+    assert [(v.name, v.count, v.size, v.role) for v in recipe.views] == [
+        ("teacher", 2, 224, "teacher"),
+        ("global", 2, 224, "student"),
+        ("local", 10, 96, "student"),
+    ]
+    (tmp_path / "resolved.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "resolved.yaml") == recipe
+    changed = load_recipe(tmp_path / "named.yaml", ["views.local.count=4", "views.local.strong.erase=0.5"])
+    assert changed.views[2].count == 4
+    assert changed.views[2].strong == recipe.views[2].strong.model_copy(update={"erase": 0.5})  # pyright: ignore
+    assert Recipe.model_validate(tree) == recipe
+    other = load_recipe(tmp_path / "named.yaml", ["views=dino", "views.local.count=6"])
+    assert [(v.name, v.count) for v in other.views] == [("global", 2), ("local", 6)]
+
+
+def test_a_tiny_recipe_keeps_large_and_small_views_apart(tmp_path: Path):
+    tree = yaml.safe_load((RECIPES / "demo.yaml").read_text()) | {"views": "mugs"}
+    (tmp_path / "named.yaml").write_text(yaml.safe_dump(tree))
+    patch = tree["student"]["patch_size"]
+    assert [view.size for view in load_recipe(tmp_path / "named.yaml", tiny=True).views] == [
+        4 * patch,
+        4 * patch,
+        2 * patch,
+    ]
+
+
+def test_an_unknown_set_of_views_names_the_nearest(tmp_path: Path):
+    tree = yaml.safe_load((RECIPES / "demo.yaml").read_text()) | {"views": "mug"}
+    (tmp_path / "named.yaml").write_text(yaml.safe_dump(tree))
+    for tiny in (False, True):
+        with pytest.raises(RecipeError, match="views: no set of views 'mug': did you mean 'mugs'"):
+            load_recipe(tmp_path / "named.yaml", tiny=tiny)
+    with pytest.raises(RecipeError, match="views: no set of views 'mug': did you mean 'mugs'"):
+        load_recipe("demo", ["views=mug"])
+    with pytest.raises(ValidationError, match="no set of views 'mug'"):
+        Recipe.model_validate(tree)
 
 
 def test_an_objective_can_be_left_out_and_its_head_goes_with_it(tmp_path: Path):

@@ -8,7 +8,7 @@ from gristmill.pipeline.augment.colour import PIVOT, colour_matrices
 from gristmill.pipeline.draws import COLUMNS, NEVER
 from torchvision.transforms.v2 import functional
 
-NEUTRAL = dict(zip(COLUMNS, [0, 0, 1, 1, 0, 1, 1, 1, 0, 0, 0, NEVER], strict=True))
+NEUTRAL = dict(zip(COLUMNS, [0, 0, 1, 1, 0, 1, 1, 1, 0, 0, 0, NEVER, *[0] * 11], strict=True))
 
 
 def photograph(seed: int = 0) -> np.ndarray:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from gristmill.pipeline import philox
-from gristmill.pipeline.draws import COLUMNS, NEVER, Draws, Plan, PlanError, _exp, draw
+from gristmill.pipeline.boxes import exp
+from gristmill.pipeline.draws import COLUMNS, NEVER, Draws, Plan, PlanError, draw
 from gristmill.pipeline.views import View
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -79,7 +80,7 @@ def test_the_stream_is_frozen():
     """A change of these numbers changes the crops of every run ever started: bump the cursor's version if meant."""
     sizes = np.stack([np.arange(64) * 37 % 640 + 1, np.arange(64) * 53 % 480 + 1], -1)
     drawn = draw(PLAN, 20261122, np.arange(64) + 2**40, sizes)
-    assert hashlib.blake2b(drawn.params.tobytes(), digest_size=8).hexdigest() == "463a5fd5cb6c01c6"
+    assert hashlib.blake2b(drawn.params[..., :12].tobytes(), digest_size=8).hexdigest() == "463a5fd5cb6c01c6"
     assert hashlib.blake2b(drawn.geometry.tobytes(), digest_size=8).hexdigest() == "1905f34c034d5fa1"
 
 
@@ -159,7 +160,7 @@ def test_boxes_lie_in_the_image_and_are_never_empty(width: int, height: int, rat
 def test_the_none_preset_takes_the_middle_square_and_nothing_else():
     plan = Plan([View.model_validate({"name": "probe", "size": 16, "augment": "none"})])
     drawn = same_size(plan, 3, (50, 21))
-    neutral = dict(zip(COLUMNS, [14, 0, 35, 21, 0, 1, 1, 1, 0, 0, 0, NEVER], strict=True))
+    neutral = dict(zip(COLUMNS, [14, 0, 35, 21, 0, 1, 1, 1, 0, 0, 0, NEVER, *[0] * 11], strict=True))
     assert [dict(zip(COLUMNS, row.tolist(), strict=True)) for row in drawn.params[:, 0]] == [neutral] * 3
 
 
@@ -220,4 +221,4 @@ def test_geometry_takes_the_crops_edges_to_the_boxs():
 
 def test_the_exponential_is_the_exponential():
     x = np.linspace(-5, 5, 10_001)
-    assert np.abs(_exp(x) / np.exp(x) - 1).max() < 1e-13
+    assert np.abs(exp(x) / np.exp(x) - 1).max() < 1e-13

@@ -1,5 +1,7 @@
 """Philox is held to Random123's known answers; what is built on it, to its distribution and to its independence."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from gristmill.pipeline import philox
@@ -109,3 +111,20 @@ def test_negative_positions_and_foreign_streams_are_refused():
         philox.uniform(0, [-1], 0, 1)
     with pytest.raises(philox.SeedError, match="stream"):
         philox.uniform(0, [1], 2**32, 1)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**64 - 1), st.lists(st.integers(0, 8), max_size=5))
+def test_blocks_are_the_draws_that_they_stand_for(seed, blocks):
+    positions, streams = np.arange(4)[:, None], np.arange(3)
+    everything = philox.uniform(seed, positions, streams, 36).reshape(4, 3, 9, 4)
+    some = philox.uniform_blocks(seed, positions, streams, blocks)
+    assert np.array_equal(some, everything[:, :, blocks].reshape(4, 3, -1))
+
+
+def test_purposes_have_streams_of_their_own():
+    most = philox.SUBSTITUTE  # crops of an image
+    ranges = [(philox.VIEW, most), (philox.SUBSTITUTE, 1), (philox.ORDER_SHARDS, 1), (philox.ORDER_WINDOWS, 1)]
+    ranges += [(philox.MIXTURE, 1), (philox.DROP_PATH, 200), (philox.MASK, most), (philox.NOISE, 1)]
+    ends = sorted((start, start + count) for start, count in ranges)
+    assert all(end <= start for (_, end), (start, _) in pairwise(ends))
