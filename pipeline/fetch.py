@@ -15,14 +15,16 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
 from ..shards.addresses import redact
+from ..shards.archive import ShardError
 from ..shards.blob import Blob, LocalBlob
 from ..shards.cache import Cache, Lease
 from ..shards.errors import GristmillError
+from ..shards.index import sample_shard
 from ..shards.mirror import MirroredManifest
 from ..shards.places import is_remote
 from ..shards.prefetch import Prefetcher
@@ -106,6 +108,7 @@ class Fetcher:
         self._open: dict[int, Opened] = {}  # on a disk
         self._blobs: dict[int, Blob] = {}
         self._checked: dict[int, tuple[int, int, int, int]] = {}
+        self._compared: set[int] = set()
         self._lock = threading.Lock()
         self._crew: Crew | None = None
         self._pid = os.getpid()
@@ -193,6 +196,17 @@ class Fetcher:
             return False
         self.thin([shard], all_of_them=True)
         return self.cache.suspect(self._keys[shard])
+
+    def compare(self, shard: int) -> None:
+        """Before damage is booked for good: DamageError if what lies there is a sound tar, but not the one indexed."""
+        if shard in self._compared:
+            return
+        opened, (manifest, number) = self.open(shard), self.library.split(shard)
+        with suppress(ShardError):  # the tar itself is damaged
+            if sample_shard(opened.blob or f"/dev/fd/{opened.handle}").rows.digest() != manifest.digests[number]:
+                self.thin([shard], all_of_them=True)
+                raise self.trouble(shard, "was replaced since it was indexed: its keys, offsets or lengths are others")
+        self._compared.add(shard)
 
     def settle(self, position: int, batch: int) -> None:
         """Between batches: the stream goes on at `position`; give back what is not needed for a while."""

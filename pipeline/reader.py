@@ -329,6 +329,7 @@ class Reader:
         raise self._too_much()
 
     def _condemn(self, shard: int, row: int, reason: str) -> None:
+        self._fetcher.compare(shard)
         self.quarantine.add(self.library.name(shard), row, self.library.rows(shard).keys[row], reason)
         self._check_bound()
 

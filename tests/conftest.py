@@ -16,7 +16,7 @@ settings.load_profile("gristmill")
 
 # Seconds that each folder of tests may take on two quiet cores; printed at the end, so that growth is seen.
 BUDGET = {
-    "distributed": 300, "models": 60, "objectives": 60, "ops": 150, "pipeline": 150, "shards": 150, "whole runs": 300,
+    "distributed": 300, "faults": 60, "models": 60, "objectives": 60, "ops": 150, "pipeline": 150, "shards": 150, "whole runs": 300,
 }  # fmt: skip
 
 # Every reason for which a test may be skipped. A skip with any other reason fails the run.
