@@ -8,7 +8,6 @@ lost or stands still, start the same command again. torchrun itself always ends 
 from __future__ import annotations
 
 import difflib
-import errno
 import json
 import sys
 from pathlib import Path
@@ -43,14 +42,16 @@ class Commands(click.Group):
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            from ..shards.storage import NO_SPACE  # here, since it brings pyarrow along
+
+            if error.errno not in NO_SPACE:
                 raise
             where = f" ({error.filename})" if error.filename else ""
             refuse(
                 ctx, f"no space left on the disk{where}: make room, and give the same command again; it goes on there"
             )
         except Exception as error:
-            from ..shards.errors import GristmillError  # here, since it brings pyarrow along
+            from ..shards.errors import GristmillError  # here too
 
             if not isinstance(error, GristmillError):
                 raise
@@ -365,6 +366,21 @@ def bench_stream(images: Path | None, samples: int, only: tuple[str, ...], as_js
     from .bench.stream import bench_stream as run
 
     sys.exit(run(images, samples, as_json, only))
+
+
+@bench.command(
+    "views", epilog=example("gristmill bench views --images PHOTOS", "gristmill bench views --only multi-crop --json")
+)
+@click.option("--images", type=FOLDER, help="A folder of photographs, 10 to 100 kB each (default: drawn ones).")
+@click.option("--samples", type=click.IntRange(64), default=1024, show_default=True, help="Images through each loader.")
+@click.option("--only", type=click.Choice(["multi-crop", "mugs"]), multiple=True, help="These settings (default: all).")
+@click.option("--filter", type=click.Choice(["bilinear", "bicubic"]), default="bicubic", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def bench_views(images: Path | None, samples: int, only: tuple[str, ...], filter: str, as_json: bool) -> None:
+    """Shards to augmented views against webdataset with torchvision and others, and what each stage of ours takes."""
+    from .bench.views import bench_views as run
+
+    sys.exit(run(images, samples, as_json, only, filter))
 
 
 if __name__ == "__main__":

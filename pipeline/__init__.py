@@ -9,12 +9,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .augment.cpu import CpuExecutor
     from .augment.dali import DaliExecutor
     from .batch import Batch, LoaderError, StallError
     from .cursor import Cursor, CursorError
     from .draws import Draws, Plan, draw
     from .fetch import DamageError
+    from .groups import named_views
     from .loader import Loader
+    from .masks import MaskConfig, draw_masks
     from .order import Order, Sequential
     from .probing import probe_batches
     from .quality import check_working_set, suggest
@@ -23,12 +26,13 @@ if TYPE_CHECKING:
     from .standalone import Images, images
     from .stats import Stats, bottleneck
     from .stream import Stream
-    from .views import Augment, CacheConfig, StreamConfig, View
+    from .views import Augment, CacheConfig, StreamConfig, Strong, View
 
 _HOMES = {
     "Augment": "views",
     "Batch": "batch",
     "CacheConfig": "views",
+    "CpuExecutor": "augment.cpu",
     "Cursor": "cursor",
     "CursorError": "cursor",
     "DaliExecutor": "augment.dali",
@@ -36,6 +40,7 @@ _HOMES = {
     "Draws": "draws",
     "Images": "standalone",
     "Loader": "loader",
+    "MaskConfig": "masks",
     "LoaderError": "batch",
     "Order": "order",
     "Plan": "draws",
@@ -46,11 +51,14 @@ _HOMES = {
     "Stats": "stats",
     "Stream": "stream",
     "StreamConfig": "views",
+    "Strong": "views",
     "View": "views",
     "bottleneck": "stats",
     "check_working_set": "quality",
     "draw": "draws",
+    "draw_masks": "masks",
     "images": "standalone",
+    "named_views": "groups",
     "probe_batches": "probing",
     "suggest": "quality",
 }
@@ -59,6 +67,7 @@ __all__ = [
     "Augment",
     "Batch",
     "CacheConfig",
+    "CpuExecutor",
     "Cursor",
     "CursorError",
     "DaliExecutor",
@@ -67,6 +76,7 @@ __all__ = [
     "Images",
     "Loader",
     "LoaderError",
+    "MaskConfig",
     "Order",
     "Plan",
     "Reader",
@@ -76,11 +86,14 @@ __all__ = [
     "Stats",
     "Stream",
     "StreamConfig",
+    "Strong",
     "View",
     "bottleneck",
     "check_working_set",
     "draw",
+    "draw_masks",
     "images",
+    "named_views",
     "probe_batches",
     "suggest",
 ]

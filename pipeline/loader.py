@@ -13,7 +13,7 @@ import atexit
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +23,7 @@ import torch
 from ..shards.manifest import Manifest
 from ..shards.quarantine import Quarantine
 from ..shards.retry import RetryPolicy, Stopped
-from .augment import DecodeError
+from .augment import DecodeError, chosen
 from .batch import Batch, Executor, LoaderError, StallError
 from .buffer import Buffer
 from .draws import Plan, draw
@@ -61,8 +61,9 @@ class Loader:
 
     `batch` is the global batch; this process delivers the slice of `rank` out of `world`. `plan` says which crops,
     `config` which order and draws, `order` overrides the order; several manifests are read through a `Stream` of them.
-    With `executor` None the DALI one is built, inside the thread that runs it. `stall` is the deadline of one batch in
-    seconds (default: the config's). `lanes`: those that this node reads, for its cache. Close it, or use it in a `with`.
+    With `executor` None the one that the config's `augment` says is built, inside the thread that runs it. `stall` is
+    the deadline of one batch in seconds (default: the config's). `lanes`: those that this node reads, for its cache.
+    Close it, or use it in a `with`.
     """
 
     def __init__(
@@ -88,6 +89,8 @@ class Loader:
             raise LoaderError(f"batch {batch} does not divide among {world} ranks: choose a multiple of the world size")
         if stop is not None and world > 1:
             raise LoaderError("a stream with an end gives ranks unequal numbers of batches: read it on one rank")
+        if executor is None and device == "gpu" and config.augment == "cpu":
+            raise LoaderError("augment: cpu leaves views in main memory: on a GPU choose dali, or auto")
         if order is None:
             if not isinstance(manifest, Manifest):
                 raise LoaderError("several data sets are read in the order of a Stream: give one as `order`")
@@ -98,6 +101,7 @@ class Loader:
         self.stats = Stats(ready_capacity=config.prefetch, encoded_capacity=_READ_AHEAD, quarantined=quarantine.count)
         self._local, self._rank, self._stop = batch // world, rank, stop
         self._executor, self._device_id = executor, device_id
+        self._take_down: Callable[[], object] = lambda: None
         self._device: Literal["cpu", "gpu"] = device
         self._encoded: Buffer[_Item] = Buffer(_READ_AHEAD)
         self._ready: Buffer[_Item] = Buffer(config.prefetch)
@@ -292,6 +296,7 @@ class Loader:
                 self.stats.augment_seconds += time.monotonic() - begin
             self._ready.put(item.generation, item, last=item.error is not None)
         self._executor = None  # taken down in the thread that ran it
+        self._take_down()
 
     def _positions(self, position: int) -> np.ndarray:
         first = position + self._rank * self._local
@@ -301,7 +306,7 @@ class Loader:
         """Draw and augment; as long as images do not decode, put substitutes into their slots and run again."""
         positions = self._positions(position)
         if self._executor is None:
-            self._executor = self._dali()
+            self._executor = self._build()
         while True:
             draws = draw(self.plan, self.config.seed, positions, read.sizes)
             try:
@@ -328,10 +333,17 @@ class Loader:
             geometry[view.name] = torch.from_numpy(draws.geometry[:, self.plan.columns[view.name]].copy())
         return Batch(position, read.ids, read.keys, views, geometry)
 
-    def _dali(self) -> Executor:
-        from .augment.dali import DaliExecutor  # only here: whoever brings an executor needs no DALI
+    def _build(self) -> Executor:
+        threads = self.config.augment_threads
+        # Only here: whoever brings an executor needs neither DALI nor compiled loops.
+        if chosen(self.config.augment, self._device) == "cpu":
+            from .augment.cpu import CpuExecutor
 
-        threads = self.config.dali_threads
+            executor = CpuExecutor(self.plan, threads=threads)
+            self._take_down = executor.close
+            return executor
+        from .augment.dali import DaliExecutor
+
         return DaliExecutor(
             self.plan, device=self._device, device_id=self._device_id, threads=threads, batch=self._local
         )

@@ -93,7 +93,7 @@ class StreamConfig(BaseModel):
     reader_threads: int = Field(default=2, ge=1)
     prefetch: int = Field(default=2, ge=1)  # batches that wait ready
     damage_bound: float = Field(default=0.001, ge=0, le=1)  # share of the data that may be damaged before the run stops
-    dali_threads: int = Field(default=1, ge=1)
+    augment_threads: int = Field(default=1, ge=1)
     augment: Literal["auto", "dali", "cpu"] = "auto"  # who carries draws out; auto: DALI on GPUs, else our own for CPUs
     stall: float = Field(default=600.0, gt=0)  # seconds without a batch after which the run stops and says why
     deadline: float = Field(default=300.0, gt=0)  # seconds over all tries of one read from a server

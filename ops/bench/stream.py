@@ -3,7 +3,8 @@
 Every reader has a process of its own and the same images, encoded, each in its own format written from the same tars,
 all in the page cache: one pass to warm up, then passes until about `samples` images were read. What counts is the CPU
 time of an image (user and system, children included), for training wants the rest of it, and its ratio to webdataset's
-in the same run. Nothing is decoded; ours checks every checksum, which no other does. Readers that are not installed
+in the same run. Nothing is decoded; ours checks every checksum, which no other does; what a copy and a checksum cost by
+themselves stands beside. Readers that are not installed
 are named with the reason, not left out.
 """
 
@@ -12,13 +13,10 @@ from __future__ import annotations
 import json
 import os
 import resource
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +24,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ...pipeline.order import Order, Sequential
 from ...pipeline.reader import Reader
 from ...pipeline.source import Source
 from ...pipeline.stream import Stream
-from ...shards.blob import LocalBlob
-from ...shards.dali import write_idx
 from ...shards.demo import make_demo_images
 from ...shards.engine import ingest
-from ...shards.index import sample_shard
 from ...shards.manifest import Manifest
 from ...shards.quarantine import Quarantine
+from .readers import BATCH, READERS, ReadAll, read_all
 
-BATCH = 256
 SCALES = (1_000, 1_000_000, 1_000_000_000)
 _SHARDS = 100_000  # at most, of the synthetic data sets
 
@@ -88,125 +82,6 @@ def _apart(what: str, root: Path, samples: int) -> dict[str, Any]:
         reason = (done.stderr.strip().splitlines() or ["no answer"])[-1]
         return {"missing": reason[:200]}
     return json.loads(lines[-1])
-
-
-@lru_cache
-def _reader(root: Path, order: str, threads: int) -> Reader:
-    """One reader for one epoch after the other, as in training: shards' rows are read in the first one only."""
-    manifest = Manifest.open(root / "data" / "train")
-    kind = Sequential(manifest.counts) if order == "sequential" else Order(manifest.counts, 0, 1, 1 << 22)
-    return Reader(manifest, Quarantine(root / "quarantine.jsonl"), order=kind, seed=0, threads=threads)
-
-
-def _ours(root: Path, order: str, threads: int = 2) -> Iterator[np.ndarray]:
-    reader = _reader(root, order, threads)
-    for first in range(0, reader.library.samples, BATCH):
-        yield from reader.read(np.arange(first, min(first + BATCH, reader.library.samples))).data
-
-
-def _webdataset(root: Path, buffer: int = 0) -> Iterator[bytes]:
-    import webdataset
-
-    paths = sorted(str(path) for path in (root / "data" / "train").glob("*.tar"))
-    data = webdataset.WebDataset(paths, shardshuffle=False)  # pyright: ignore[reportAttributeAccessIssue]
-    for sample in data.shuffle(buffer) if buffer else data:
-        yield sample["jpg"]
-
-
-def _dali(root: Path) -> Iterator[np.ndarray]:
-    from ...pipeline.augment.raw import raw_webdataset
-
-    manifest = Manifest.open(root / "data" / "train")
-    paths, indices = [], []
-    for shard in range(len(manifest.urls)):
-        paths.append(str(manifest.path(shard)))
-        indices.append(str(root / f"{shard}.idx"))
-        if not os.path.exists(indices[-1]):
-            with LocalBlob(paths[-1]) as blob:
-                write_idx(Path(indices[-1]), sample_shard(blob))
-    yield from raw_webdataset(paths, indices, BATCH, manifest.samples)
-
-
-def _mosaic(root: Path) -> Iterator[bytes]:
-    from streaming import MDSWriter, StreamingDataset  # pyright: ignore[reportMissingImports]
-
-    out = root / "mds"
-    if not out.exists():
-        with MDSWriter(out=str(out), columns={"jpg": "bytes"}, size_limit=1 << 26) as writer:
-            for data in _webdataset(root):
-                writer.write({"jpg": data})
-    for sample in StreamingDataset(local=str(out), batch_size=BATCH, shuffle=False):
-        yield sample["jpg"]
-
-
-def _litdata(root: Path) -> Iterator[bytes]:
-    from litdata import StreamingDataset  # pyright: ignore[reportMissingImports]
-    from litdata.streaming.writer import BinaryWriter  # pyright: ignore[reportMissingImports]
-
-    out = root / "lit"
-    if not out.exists():
-        out.mkdir()
-        writer = BinaryWriter(str(out), chunk_bytes=1 << 26)
-        for number, data in enumerate(_webdataset(root)):
-            writer[number] = data
-        writer.done()
-        writer.merge()
-    yield from StreamingDataset(str(out), shuffle=False)
-
-
-def _energon(root: Path) -> Iterator[bytes]:
-    from megatron.energon import WorkerConfig, get_loader, get_train_dataset  # pyright: ignore[reportMissingImports]
-    from megatron.energon.flavors.webdataset import BaseWebdatasetFactory  # pyright: ignore[reportMissingImports]
-
-    out = root / "energon"
-    if not out.exists():
-        out.mkdir()
-        for path in sorted((root / "data" / "train").glob("*.tar")):
-            shutil.copy(path, out)
-        names = sorted(path.name for path in out.glob("*.tar"))
-        BaseWebdatasetFactory.prepare_dataset(out, names, split_parts_ratio=[("train", 1.0)], workers=1)
-        (out / ".nv-meta" / "dataset.yaml").write_text(
-            "sample_type:\n  __module__: megatron.energon\n  __class__: ImageSample\nfield_map:\n  image: jpg\n"
-        )
-    from megatron.energon import DefaultTaskEncoder  # pyright: ignore[reportMissingImports]
-
-    data = get_train_dataset(
-        out,
-        worker_config=WorkerConfig(rank=0, world_size=1, num_workers=0),
-        batch_size=BATCH,
-        shuffle_buffer_size=None,
-        max_samples_per_sequence=None,
-        auto_decode=False,
-        task_encoder=DefaultTaskEncoder(),
-    )
-    left = Manifest.open(root / "data" / "train").samples  # it has no end of its own
-    for batch in get_loader(data):
-        yield from batch.image[:left]
-        left -= len(batch.image)
-        if left <= 0:
-            return
-
-
-ReadAll = Callable[[Path], Iterator[bytes | np.ndarray]]  # every encoded image once
-READERS: dict[str, ReadAll] = {
-    "webdataset": _webdataset,
-    "webdataset, buffer of 1000": lambda root: _webdataset(root, 1000),
-    "gristmill, shuffled": lambda root: _ours(root, "shuffled"),
-    "gristmill, as on disk": lambda root: _ours(root, "sequential"),
-    "gristmill, shuffled, 1 thread": lambda root: _ours(root, "shuffled", 1),
-    "DALI's webdataset reader": _dali,
-    "MosaicML Streaming": _mosaic,
-    "litData": _litdata,
-    "Energon": _energon,
-}
-
-
-def read_all(reader: ReadAll, root: Path) -> tuple[int, int]:
-    """One pass: images and bytes read."""
-    count = total = 0
-    for image in reader(root):
-        count, total = count + 1, total + len(image)
-    return count, total
 
 
 def cpu_seconds() -> float:

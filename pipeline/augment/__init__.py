@@ -6,7 +6,16 @@ the arithmetic of colours that both are held to. What is common to executors is 
 
 from __future__ import annotations
 
+from typing import Literal
+
 from ...shards.errors import GristmillError
+
+
+def chosen(augment: Literal["auto", "dali", "cpu"], device: Literal["cpu", "gpu"]) -> Literal["dali", "cpu"]:
+    """The executor that `stream.augment` stands for on a device: a fixed rule, for each rounds in its own way."""
+    if augment != "auto":
+        return augment
+    return "dali" if device == "gpu" else "cpu"
 
 
 class DecodeError(GristmillError):

@@ -26,7 +26,7 @@ def table(operation: int, argument: float, image: Pixels) -> NDArray[np.uint8] |
     """
     name = OPERATIONS[operation - 1] if operation != NONE else ""
     if name in ("AutoContrast", "Equalize"):
-        make = _stretched if name == "AutoContrast" else _equalized
+        make = stretched if name == "AutoContrast" else equalized
         return np.stack([make(np.bincount(image[..., c].ravel(), minlength=256)) for c in range(3)], -1)
     if name == "Invert":
         values = 255 - _LEVELS
@@ -125,7 +125,7 @@ def strengthened(
     return image
 
 
-def _stretched(histogram: NDArray[np.int64]) -> NDArray[np.uint8]:
+def stretched(histogram: NDArray[np.int64]) -> NDArray[np.uint8]:
     """AutoContrast's table [256]: the darkest value that occurs becomes 0, the lightest 255."""
     low, high = np.flatnonzero(histogram)[[0, -1]]
     if high <= low:
@@ -134,7 +134,7 @@ def _stretched(histogram: NDArray[np.int64]) -> NDArray[np.uint8]:
     return np.trunc(_LEVELS * scale - low * scale).clip(0, 255).astype(np.uint8)
 
 
-def _equalized(histogram: NDArray[np.int64]) -> NDArray[np.uint8]:
+def equalized(histogram: NDArray[np.int64]) -> NDArray[np.uint8]:
     """Equalize's table [256]: values in proportion to how many pixels are darker."""
     present = histogram[histogram > 0]
     step = (histogram.sum() - present[-1]) // 255

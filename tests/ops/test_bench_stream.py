@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from gristmill.ops.bench import readers
 from gristmill.ops.bench import stream as bench
 from gristmill.shards.demo import make_demo_images
 from gristmill.shards.engine import ingest
@@ -24,8 +25,8 @@ def read(root: Path):
     """All images that a reader gives."""
     yield lambda name: [bytes(image) for image in bench.READERS[name](root)]
     for order, threads in (("shuffled", 2), ("sequential", 2), ("shuffled", 1)):
-        bench._reader(root, order, threads).close()
-    bench._reader.cache_clear()
+        readers.reader_of(root, order, threads).close()
+    readers.reader_of.cache_clear()
 
 
 def test_ours_and_webdataset_read_the_same_images(root: Path, read) -> None:
@@ -33,7 +34,7 @@ def test_ours_and_webdataset_read_the_same_images(root: Path, read) -> None:
     assert len(plain) == 384
     assert len(OURS) == 3
     assert read("gristmill, as on disk") == plain
-    for name in [*OURS, "webdataset, buffer of 1000"]:
+    for name in [*OURS, "webdataset, buffer of 1000", "a copy and a checksum, nothing else", "a copy, nothing else"]:
         images = read(name)
         assert sorted(images) == sorted(plain), name
         assert bench.read_all(bench.READERS[name], root) == (len(plain), sum(map(len, plain))), name

@@ -1,4 +1,4 @@
-"""Probes see every healthy image once; DALI behind the loader."""
+"""Probes see every healthy image once; the real executors behind the loader."""
 
 import io
 import threading
@@ -6,6 +6,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from gristmill.pipeline.augment.cpu import CpuExecutor
 from gristmill.pipeline.augment.dali import DaliExecutor
 from gristmill.pipeline.probing import probe_batches
 from gristmill.pipeline.views import View
@@ -73,27 +74,32 @@ def test_probe_batches_left_early_leave_nothing(manifest, quarantine):
     assert not ours()
 
 
-def test_dali_gives_one_stream_however_it_is_cut_and_spoiled(tmp_path, quarantine):
-    """The real executor, over a data set whose damage only the decoder sees."""
+@pytest.mark.parametrize("augment", ["cpu", "dali"])
+def test_one_stream_however_it_is_cut_and_spoiled(tmp_path, quarantine, augment):
+    """The real executors, over a data set whose damage only the decoder sees."""
+    config = CONFIG.model_copy(update={"augment": augment})
     manifest = write_data(tmp_path / "data", deep=False)
-    whole = collect(load(manifest, quarantine, executor=None, batch=12), 3)
+    whole = collect(load(manifest, quarantine, executor=None, batch=12, config=config), 3)
     for index in (2, 15):
         spoil(manifest, index)
-    got = collect(load(manifest, quarantine, executor=None, batch=12), 3)
+    got = collect(load(manifest, quarantine, executor=None, batch=12, config=config), 3)
     assert sorted(entry.key for entry in quarantine) == ["k002", "k015"]
     for slot, key in enumerate(whole[0]):
         if key in ("k002", "k015"):
             assert got[0][slot] == f"k{first_healthy(slot, (2, 15)):03d}"
         else:
             assert_equal(part(got, slot, slot + 1), part(whole, slot, slot + 1))
-    config = CONFIG.model_copy(update={"dali_threads": 2})
+    config = config.model_copy(update={"augment_threads": 2})
     fresh = Quarantine(tmp_path / "fresh.jsonl")
     assert_equal(collect(load(manifest, fresh, executor=None, batch=7, start=3, config=config), 4), part(got, 3, 31))
 
 
-def test_dali_is_built_in_the_thread_that_runs_it(manifest, quarantine, monkeypatch):
+@pytest.mark.parametrize("augment", ["auto", "dali"])
+def test_the_executor_is_built_in_the_thread_that_runs_it(manifest, quarantine, monkeypatch, augment):
+    """Which one it is says a fixed rule: on a machine's CPU our own, unless DALI is asked for."""
     built, ran = [], []
-    build, run = DaliExecutor.__init__, DaliExecutor.run
+    kind = DaliExecutor if augment == "dali" else CpuExecutor
+    build, run = kind.__init__, kind.run
 
     def noting_build(self, *args, **kwargs):
         built.append(threading.current_thread().name)
@@ -103,15 +109,8 @@ def test_dali_is_built_in_the_thread_that_runs_it(manifest, quarantine, monkeypa
         ran.append(threading.current_thread().name)
         return run(self, *args)
 
-    monkeypatch.setattr(DaliExecutor, "__init__", noting_build)
-    monkeypatch.setattr(DaliExecutor, "run", noting_run)
-    collect(load(manifest, quarantine, executor=None), 2)
+    monkeypatch.setattr(kind, "__init__", noting_build)
+    monkeypatch.setattr(kind, "run", noting_run)
+    collect(load(manifest, quarantine, executor=None, config=CONFIG.model_copy(update={"augment": augment})), 2)
     assert built == ["gristmill-augment"]
     assert set(ran) == {"gristmill-augment"}
-
-
-def test_dali_probes(manifest):
-    images = torch.cat([images for _, images in probe_batches(manifest, 16, 10)])
-    assert images.shape == (N, 3, 16, 16)
-    assert torch.isfinite(images).all()
-    assert len({tuple(image.flatten().tolist()) for image in images}) == N
