@@ -41,8 +41,8 @@ def _ours(root: Path, order: str, threads: int = 2) -> Iterator[np.ndarray]:
 
 
 @lru_cache
-def _places(root: Path) -> list[tuple[int, int, int, int]]:
-    """(handle, offset, length, checksum) of every image, in the order of the shuffled reader's batches."""
+def _places(root: Path) -> tuple[list[tuple[int, int, int, int]], memoryview]:
+    """(handle, offset, length, checksum) of every image, in the order of the shuffled reader's batches; room for one."""
     manifest = Manifest.open(root / "data" / "train")
     handles = [os.open(manifest.path(shard), os.O_RDONLY) for shard in range(len(manifest.urls))]
     order, found = Order(manifest.counts, 0, 1, 1 << 22), []
@@ -51,13 +51,13 @@ def _places(root: Path) -> list[tuple[int, int, int, int]]:
         for shard, row in sorted(zip(*(part.tolist() for part in batch), strict=True)):
             rows = manifest.rows(shard)
             found.append((handles[shard], *(int(of[row]) for of in (rows.offset, rows.length, rows.crc32))))
-    return found
+    batches = (sum(length for _, _, length, _ in found[a : a + BATCH]) for a in range(0, len(found), BATCH))
+    return found, memoryview(bytearray(max(batches)))
 
 
 def _bare(root: Path, checked: bool) -> Iterator[memoryview]:
     """What no reader of whole batches can fall below: a copy out of the page cache for each image, and its checksum."""
-    places = _places(root)
-    slab = memoryview(bytearray(2 * BATCH * max(length for _, _, length, _ in places)))
+    places, slab = _places(root)
     at = 0
     for number, (handle, offset, length, checksum) in enumerate(places):
         at = 0 if number % BATCH == 0 else at
