@@ -1,7 +1,7 @@
 """Data in motion: a position in, a batch of augmented views out. The only package that imports DALI.
 
 Names are resolved when they are first asked for (PEP 562), so that looking at an order or a cursor loads neither torch
-nor DALI. Read order.py, draws.py and augment/dali.py, in that order, to see what becomes of a position; standalone.py is the
+nor DALI. Read order.py, draws.py and augment/graph.py, in that order, to see what becomes of a position; standalone.py is the
 way in for who wants nothing but the loader.
 """
 

@@ -150,14 +150,6 @@ class Plan:
             coins[self.columns[view.name]] = self.columns[first.name].start
         return coins
 
-    def refuse(self, executor: str, *, strong: bool = False, filters: tuple[str, ...] = ()) -> None:
-        """PlanError if there are strong views (`strong`) or views with one of these filters, naming the executor."""
-        for view in self.views:
-            if strong and view.strong is not None:
-                raise PlanError(f"views.{view.name}: {executor} has no strong views; leave `strong` out")
-            if view.filter in filters:
-                raise PlanError(f"views.{view.name}: {executor} has no {view.filter} filter; leave `filter` out")
-
 
 def log_range(ends: tuple[float, float]) -> tuple[float, float]:
     """Logarithms of both ends, rounded, so that a C library whose last bit differs draws the same boxes."""

@@ -1,4 +1,4 @@
-"""DALI's pixels: those of the reference, the same bits in any company, and a graph that a GPU could run."""
+"""DALI's pixels: those of the reference, the same bits in any company, and damage that is named."""
 
 import io
 from collections.abc import Callable
@@ -10,13 +10,11 @@ import pytest
 import torch
 from gristmill.pipeline.augment import DecodeError
 from gristmill.pipeline.augment.colour import MEAN, STD
-from gristmill.pipeline.augment.dali import DaliExecutor, multi_crop
+from gristmill.pipeline.augment.dali import DaliExecutor
 from gristmill.pipeline.augment.decode import Decoder
 from gristmill.pipeline.augment.reference import ReferenceExecutor, blur, resize
 from gristmill.pipeline.draws import Draws, Plan, draw
 from gristmill.pipeline.views import View
-from nvidia.dali import backend, fn, types
-from nvidia.dali.pipeline import pipeline_def
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
@@ -258,87 +256,3 @@ def test_the_cpu_decoder_is_libjpegs():
             libjpegs = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB)
             assert libjpegs is not None
             assert np.array_equal(image, libjpegs)
-
-
-def gpu_problems(pipeline: Any) -> list[str]:
-    """What would keep a drawn graph from running on a GPU, found without one.
-
-    Every operator must exist for the device that it was put on and may be given the arguments of its schema alone. That
-    no operator on the GPU takes data from the CPU, DALI asserts while the graph is drawn; with the outputs on the GPU,
-    operators on the CPU can thus only make arguments and predicates.
-    """
-    pipeline._build_graph()
-    registered = {
-        "cpu": set(backend.RegisteredCPUOps()),
-        "gpu": set(backend.RegisteredGPUOps()),
-        "mixed": set(backend.RegisteredMixedOps()),
-    }
-    problems = []
-    made_by = {output.name: made for made in pipeline._ops for output in made.outputs}
-    for made in pipeline._ops:
-        if not made.inputs:  # fed from outside, or a constant
-            continue
-        name, device = made._op.schema_name, made._op.device
-        if name not in registered[device]:
-            problems.append(f"{name} has no {device} form")
-        backend.GetSchema(name).CheckArgs(made.spec)
-    return problems + [
-        f"the output of {made_by[output.name]._op.schema_name} stays on the CPU"
-        for output in pipeline._graph_outputs
-        if output.device != "gpu"
-    ]
-
-
-RECIPES = {
-    "weak": [GLOBAL, LOCAL],
-    "probe": [View.model_validate({"name": "probe", "size": 32, "augment": "none"})],
-    "everything": [
-        View.model_validate({"name": "a", "count": 3, "size": 32, "augment": {"solarize": 0.5, "blur": [1, 0, 0.5]}})
-    ],
-}
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_every_operator_of_the_graph_has_a_gpu_form(recipe: str):
-    graph = multi_crop(Plan(RECIPES[recipe]), "gpu", **{"batch_size": 4, "num_threads": 1, "device_id": None})
-    assert gpu_problems(graph) == []
-    placed = [made._op.device for made in graph._ops or ()]
-    assert placed.count("gpu") > 3
-
-
-def test_the_lint_sees_what_a_gpu_cannot_do():
-    @pipeline_def
-    def left_behind() -> Any:
-        image = fn.external_source(name="image", dtype=types.UINT8, ndim=3, layout="HWC")  # pyright: ignore
-        return fn.resize(image, size=[8, 8])  # pyright: ignore
-
-    @pipeline_def
-    def no_such_form() -> Any:
-        return fn.random.choice([3, 5], device="gpu")
-
-    how: Any = {"batch_size": 2, "num_threads": 1, "device_id": None}
-    assert gpu_problems(left_behind(**how)) == ["the output of Resize stays on the CPU"]
-    assert gpu_problems(no_such_form(**how)) == ["random__Choice has no gpu form"]
-
-
-@pytest.mark.gpu
-def test_gpu_pixels_are_the_cpus(batch: tuple[list[np.ndarray], Draws], executor: DaliExecutor):
-    """What is stored without loss comes out alike; JPEG decoders are allowed a level in the mean."""
-    data, draws = batch
-    ours = DaliExecutor(PLAN, device="gpu", batch=24).run(data, draws)
-    theirs = executor.run(data, draws)
-    lossless = np.array([KINDS[i % len(KINDS)][2]["format"] == "PNG" for i in range(24)])
-    for name, view in ours.items():
-        assert view.is_cuda
-        apart = np.abs(in_levels(view.cpu()) - in_levels(theirs[name]))
-        assert (apart[lossless] > 0.05).mean() < 1e-4
-        assert apart.mean() < 1
-
-
-@pytest.mark.gpu
-def test_gpu_bits_do_not_depend_on_company(batch: tuple[list[np.ndarray], Draws]):
-    data, draws = batch
-    whole = DaliExecutor(PLAN, device="gpu", batch=24).run(data, draws)
-    slots = [5, 17, 2]
-    part = DaliExecutor(PLAN, device="gpu", batch=3).run([data[i] for i in slots], some(draws, slots))
-    assert all(torch.equal(part[name], whole[name][slots]) for name in whole)

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gristmill.pipeline.augment.dali import DaliExecutor
 from gristmill.pipeline.augment.noise import noise_tile
 from gristmill.pipeline.augment.reference import ReferenceExecutor
 from gristmill.pipeline.draws import COLUMNS, NOISE_SIDE, OPERATIONS, Draws, Plan, PlanError, draw
 from gristmill.pipeline.groups import named_views
-from gristmill.pipeline.strong import GEOMETRIC, NUMBER, arguments
+from gristmill.pipeline.strong import GEOMETRIC, NUMBER, arguments, strong_crops
 from gristmill.pipeline.views import View
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -98,19 +97,7 @@ def test_what_cannot_be_carried_out_is_refused():
     with pytest.raises(PlanError, match=r"up to 512 pixels, not 640: make the crop smaller, or set strong\.erase to 0"):
         Plan([View.model_validate({"name": "s", "size": 640, "strong": "mugs"})])
     Plan([View.model_validate({"name": "s", "size": 640, "strong": {"erase": 0}})])
-    plan = Plan([View.model_validate({"name": "s", "size": 8, "strong": "mugs", "filter": "bicubic"})])
-    plan.refuse("this")
-    with pytest.raises(PlanError, match=r"views\.s: this has no strong views"):
-        plan.refuse("this", strong=True)
-    with pytest.raises(PlanError, match=r"views\.s: this has no bicubic filter"):
-        plan.refuse("this", filters=("bicubic",))
 
-
-def test_the_dali_executor_refuses_what_its_graph_lacks():
-    with pytest.raises(PlanError, match=r"views\.s: the DALI executor has no strong views"):
-        DaliExecutor(always(), batch=1)
-    with pytest.raises(PlanError, match=r"views\.b: the DALI executor has no bicubic filter"):
-        DaliExecutor(Plan([View(name="b", size=8, filter="bicubic")]), batch=1)
 
 
 @settings(max_examples=25, deadline=None)
@@ -355,3 +342,17 @@ def test_nothing_outside_of_its_window_shows_in_a_crop(filter: str):
             assert torch.equal(part[0, v], whole[b, v])
             tight += (x1 - x0) * (y1 - y0) < 0.5 * 120 * 90
     assert tight > 20
+
+
+def test_coins_alone_are_those_of_the_draws():
+    """What training asks for, to know whose features may be remembered, is what the pixels were made by."""
+    positions = np.arange(40, 40 + 300)
+    sizes = np.full((300, 2), 64)
+    for plan in (MUGS, always(), Plan([View(name="plain", size=32, count=2)])):
+        strong = strong_crops(plan, 7, positions)
+        assert strong.dtype == bool
+        assert np.array_equal(strong, draw(plan, 7, positions, sizes).column("strong") > 0)
+    strong = strong_crops(MUGS, 7, positions)
+    assert not strong[:, TEACHER].any()
+    assert np.array_equal(strong[:, 2], strong[:, 3])  # one coin an image
+    assert 0.4 < strong[:, 2].mean() < 0.6
