@@ -8,6 +8,7 @@ checkpoints.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,8 @@ class WeightNormLinear(nn.Module):
 class PrototypeHead(nn.Module):
     """Projector of three layers with bias, unit length, then a weight-normed layer whose rows are the prototypes.
 
-    With `norm_last_layer` the prototypes keep length 1: `weight_g` stays and gets no gradient.
+    With `norm_last_layer` the prototypes keep length 1: `weight_g` stays and gets no gradient. `second`: patches have so
+    many prototypes of their own behind the same projector (iBOT, arXiv 2111.07832); None: they share those of the rest.
     """
 
     def __init__(
@@ -97,11 +99,30 @@ class PrototypeHead(nn.Module):
         *,
         norm_last_layer: bool,
         norm: Callable[[int], nn.Module] | None = None,
+        second: int | None = None,
     ) -> None:
         super().__init__()
         self.projector = projector(dim, hidden, bottleneck, bias=True, norm=norm)
         self.last_layer = WeightNormLinear(bottleneck, prototypes, train_norms=not norm_last_layer)
+        self.last_layer2: WeightNormLinear | None = None
+        if second is not None:
+            self.last_layer2 = WeightNormLinear(bottleneck, second, train_norms=not norm_last_layer)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Features [n, dim] to logits [n, prototypes]; the temperature is the objective's."""
-        return self.last_layer(unit(self.projector(x)))
+    def forward(self, x: Tensor, patches: Tensor | None = None, chosen: Tensor | None = None) -> Any:
+        """Features [n, dim] to logits [n, prototypes]; the temperature is the objective's.
+
+        With patches [m, dim], also theirs: (logits, patch logits [m, K], their mean [1, K]). chosen [c]: indices of the
+        patches whose logits are wanted, [c, K]; the mean is over all all the same. It is that of the unit vectors put
+        through the last layer, which is linear: no [m, K] is made for it.
+        """
+        if patches is None:
+            return self.last_layer(unit(self.projector(x)))
+        vectors = unit(self.projector(torch.cat([x, patches])))
+        rows, others = vectors[: len(x)], vectors[len(x) :]
+        wanted = others if chosen is None else others[chosen]
+        mean = others.mean(0, keepdim=True) if len(others) else others.new_zeros(1, others.shape[1])
+        if self.last_layer2 is not None:
+            second = self.last_layer2(torch.cat([wanted, mean]))
+            return self.last_layer(rows), second[:-1], second[-1:]
+        logits = self.last_layer(torch.cat([rows, wanted, mean]))
+        return logits[: len(rows)], logits[len(rows) : -1], logits[-1:]

@@ -18,7 +18,7 @@ from .heads import ProjectionHead, PrototypeHead
 from .neighbours import NeighbourBlock, search
 from .vit import branch_scales, build_backbone, init_weights
 
-ObjectiveName = Literal["instance", "local_group", "group"]
+ObjectiveName = Literal["instance", "local_group", "group", "patch"]
 
 
 class StudentConfig(BaseModel):
@@ -65,10 +65,23 @@ class StudentConfig(BaseModel):
     prototypes: int = Field(default=65536, ge=1)
     # Keep the norms of the prototypes at 1 instead of training them. Paper: false (S, B), true (L).
     norm_last_layer: bool = False
+    # Whether hidden patches are assigned to the group head's prototypes, or to `patch_prototypes` of their own behind the
+    # group head's projector; without the group objective they have a head of their own. iBOT: true.
+    shared_head: bool = True
+    # Prototypes of hidden patches where they are not the group head's. iBOT: 8192.
+    patch_prototypes: int = Field(default=8192, ge=1)
     # Nearest memory rows that the local-group block attends to (k of its top-k). Paper: 8.
     neighbours: int = Field(default=8, ge=1)
-    # Granularities to build heads for. Paper: all three.
+    # Weights to begin with: a file of `gristmill import` or anyone's checkpoint of this backbone, or "timm:NAME" for what
+    # timm has. Whoever runs the training puts them in; None: drawn from the seed. Paper: none.
+    init: str | None = Field(default=None, min_length=1)
+    # Granularities to build heads for. Paper: all but "patch", which is iBOT's.
     objectives: tuple[ObjectiveName, ...] = Field(default=("instance", "local_group", "group"), min_length=1)
+
+    @property
+    def prototypes_of_patches(self) -> int:
+        """To which hidden patches are assigned: the group head's, or their own."""
+        return self.prototypes if self.shared_head and "group" in self.objectives else self.patch_prototypes
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -78,6 +91,11 @@ class StudentConfig(BaseModel):
             raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of heads {self.heads}")
         if len(set(self.objectives)) != len(self.objectives):
             raise ValueError(f"objectives {list(self.objectives)} names one twice; name each once")
+        if "patch" in self.objectives and self.head_norm == "batch":
+            raise ValueError(
+                "head_norm batch does not go with the patch objective: as many patches as are hidden fill no virtual "
+                "batch; set head_norm: none"
+            )
         if self.virtual_batch and self.head_norm != "batch":
             raise ValueError(
                 f"virtual_batch {self.virtual_batch} is for batch norm; set head_norm: batch or leave it out"
@@ -109,7 +127,10 @@ class Student(nn.Module):
             if "local_group" in config.objectives:
                 self.relation = NeighbourBlock(dim, self.backbone.heads)
                 init_weights(self.relation, seed, "relation", linear_std=config.linear_std)
-            self.heads = nn.ModuleDict({name: _head(name, dim, config) for name in config.objectives})
+            shared = {"patch"} if "group" in config.objectives else set()
+            self.heads = nn.ModuleDict({n: _head(n, dim, config) for n in config.objectives if n not in shared})
+            if "patch" in config.objectives:
+                self.backbone.mask_token = nn.Parameter(torch.zeros(1, dim))  # iBOT's initial value
         for name, head in self.heads.items():
             init_weights(head, seed, name, linear_std=config.linear_std)
             predictor = getattr(head, "predictor", None)
@@ -125,11 +146,14 @@ class Student(nn.Module):
         views: one tensor [c*B, 3, S, S] a crop size, crop-major (crop 0 of all images, then crop 1, ...); the first
         `global_sizes` of them hold the global crops. context: read-only tensors, "local_group.bank" [K, d] (and, where it
         is kept, "local_group.unit_bank", its rows at length 1) for the local-group objective, and "drop_path.draws"
-        [n, 2*depth], uniform in [0, 1), for training with drop_path > 0.
+        [n, 2*depth], uniform in [0, 1), for training with drop_path > 0; for the patch objective "patch.masks" bool
+        [global crops, h, w], True where the student sees the mask token, and where it is known "patch.index" [M], the
+        flat indices of those patches. The teacher has no such token: it sees all, and gives out what is asked for.
 
         With n crops in all, in the order given: "class_token" [n, d] after the last LayerNorm; "instance" and "local_group"
         [n, head_out], unit; "group" [n, prototypes], logits; "memory_row" [global crops, d], detached: the mean of the
-        patches after the last LayerNorm, what a neighbour memory stores. With batch norm, in training: what
+        patches after the last LayerNorm, what a neighbour memory stores; "patch" [M, prototypes], logits of the hidden
+        patches, and of the teacher "patch_mean" [1, prototypes], the mean over all patches. With batch norm, in training: what
         `merge_statistics` takes once the step was applied, "batch_norm.<module>" [virtual batches, 2, width], detached.
         Raises ValueError when context lacks a tensor, or crops do not fill virtual batches.
         """
@@ -154,29 +178,61 @@ class Student(nn.Module):
             out["local_group"] = self.heads["local_group"](self.relation(query, rows, norm))
             with torch.no_grad():
                 out["memory_row"] = torch.cat([norm(x)[:, 1:].mean(1) for x in before[:global_sizes]])
-        for name in ("instance", "group"):
-            if name in self.heads:
-                out[name] = self.heads[name](out["class_token"])
+        if "instance" in self.heads:
+            out["instance"] = self.heads["instance"](out["class_token"])
+        if "patch" in self.config.objectives:
+            out |= self._patches(out["class_token"], before[:global_sizes], context)
+        elif "group" in self.heads:
+            out["group"] = self.heads["group"](out["class_token"])
         return out
+
+    def _patches(
+        self, class_token: Tensor, before: Sequence[Tensor], context: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Outputs "patch" and, of the teacher, "patch_mean"; with a group head also "group"."""
+        norm, index = self.backbone.norm, context.get("patch.index")
+        if index is None:
+            index = _from(context, "patch.masks", MASKS).flatten().nonzero().squeeze(1)
+        every = torch.cat([x[:, 1:].flatten(0, 1) for x in before])
+        teacher = self.backbone.mask_token is None
+        patches, chosen = (norm(every), index) if teacher else (norm(every[index]), None)
+        own = "patch" in self.heads
+        head = self.heads["patch" if own else "group"]
+        group, logits, mean = head(class_token[:0] if own else class_token, patches, chosen)
+        out = {"patch": logits} | ({} if own else {"group": group})
+        return out | ({"patch_mean": mean.detach()} if teacher else {})
 
     def _tokens(self, views: Sequence[Tensor], context: Mapping[str, Tensor]) -> list[Tensor]:
         """Tokens before the last LayerNorm, a tensor [n_i, 1 + P_i, d] a size: where packing of sizes belongs."""
         rate = self.config.drop_path
+        masks: list[Tensor | None] = [None] * len(views)
+        if self.backbone.mask_token is not None and self.training:
+            masks[0] = _from(context, "patch.masks", MASKS)
+            grid = tuple(side // self.backbone.patch_embed.patch_size[0] for side in views[0].shape[2:])
+            if masks[0].shape != (len(views[0]), *grid):
+                raise ValueError(
+                    f'"patch.masks" has shape {tuple(masks[0].shape)}; the global crops want {(len(views[0]), *grid)}'
+                )
         if not (self.training and rate > 0.0):
-            return [self.backbone(x) for x in views]
+            return [self.backbone(x, None, mask) for x, mask in zip(views, masks, strict=True)]
         draws = _from(context, "drop_path.draws", "pass uniform numbers [n, 2 * depth], or set drop_path 0")
         wanted = (sum(len(x) for x in views), 2 * len(self.backbone.blocks))
         if draws.shape != wanted:
             raise ValueError(f'"drop_path.draws" has shape {tuple(draws.shape)}; these views want {wanted}')
         scales = branch_scales(draws, rate).split([len(x) for x in views])
-        return [self.backbone(x, scale) for x, scale in zip(views, scales, strict=True)]
+        return [self.backbone(x, scale, mask) for x, scale, mask in zip(views, scales, masks, strict=True)]
+
+
+MASKS = "the patch objective wants masks [global crops, h, w]; a run draws them"
 
 
 def _head(name: ObjectiveName, dim: int, config: StudentConfig) -> nn.Module:
     norm = partial(BatchNorm, virtual=config.virtual_batch) if config.head_norm == "batch" else None
-    if name == "group":
-        sizes = (config.head_hidden, config.head_out, config.prototypes)
-        return PrototypeHead(dim, *sizes, norm_last_layer=config.norm_last_layer, norm=norm)
+    if name in ("group", "patch"):
+        sizes = (config.head_hidden, config.head_out, config.prototypes if name == "group" else config.patch_prototypes)
+        apart = name == "group" and "patch" in config.objectives and not config.shared_head
+        second = config.patch_prototypes if apart else None
+        return PrototypeHead(dim, *sizes, norm_last_layer=config.norm_last_layer, norm=norm, second=second)
     return ProjectionHead(dim, config.head_hidden, config.head_out, config.predictor_hidden, norm)
 
 

@@ -13,13 +13,14 @@ from .student import Student
 
 
 def make_teacher(student: Student) -> Student:
-    """A deep copy of `student` without predictors, frozen, in training mode, with drop_path 0.
+    """A deep copy of `student` without predictors and mask token, frozen, in training mode, with drop_path 0.
 
     The mode only says whose statistics batch norm takes: `eval()` for probes, which want the running ones. Make it before
     an engine wraps the student, since engines may replace parameters by shards, and before its blocks are compiled.
     """
     teacher = copy.deepcopy(student)
     teacher.config = student.config.model_copy(update={"drop_path": 0.0})
+    teacher.backbone.mask_token = None
     for head in teacher.heads.values():
         if isinstance(head, ProjectionHead):
             head.predictor = None

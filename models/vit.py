@@ -45,6 +45,7 @@ class Backbone(VisionTransformer):
 
     pos_interp: PosInterp = "official"
     heads: int  # of each block's attention
+    mask_token: nn.Parameter | None  # [1, d], what stands for a hidden patch; only where a student learns by masks
     # Keep only each block's input for the backward and compute the block once more there: less memory for a third more
     # arithmetic, the same bits.
     recompute: bool = False
@@ -61,13 +62,19 @@ class Backbone(VisionTransformer):
         first = (self.cls_token + embedding[:, :1]).expand(n, -1, -1)
         return torch.cat([first, x.reshape(n, height * width, dim) + embedding[:, 1:]], dim=1)
 
-    def forward(self, x: Tensor, branch_scale: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, branch_scale: Tensor | None = None, masks: Tensor | None = None) -> Tensor:
         """Images [n, 3, H, W] to tokens [n, 1 + P, d] BEFORE the last LayerNorm (`self.norm`), class token first.
 
         branch_scale [n, 2 * depth] multiplies what each block's attention and MLP add to each sample (`branch_scales`);
-        None leaves them whole. H and W must be multiples of the patch size.
+        None leaves them whole. masks [n, h, w] bool hide patches: the mask token takes the place of what was embedded,
+        and keeps the patch's position (iBOT, arXiv 2111.07832). H and W must be multiples of the patch size.
         """
-        x = self._pos_embed(self.patch_embed(x))
+        patches = self.patch_embed(x)
+        if masks is not None:
+            assert self.mask_token is not None
+            # Also where nothing is hidden, so that the token has a gradient on every rank.
+            patches = torch.where(masks.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
+        x = self._pos_embed(patches)
         scales = [{}] * len(self.blocks)
         if branch_scale is not None:
             scales = [{"scale": scale} for scale in branch_scale.to(x.dtype).split(2, dim=1)]
@@ -132,6 +139,7 @@ def build_backbone(
             f"backbone {name!r} is not a plain ViT (class token, learned positions, GELU); choose one that is"
         )
     backbone.heads = block.attn.num_heads
+    backbone.register_parameter("mask_token", None)
     backbone.pos_interp = pos_interp
     init_weights(backbone, seed, "backbone", linear_std=linear_std)
     return backbone

@@ -11,6 +11,7 @@ from .instance import InstanceConfig, InstanceObjective
 from .local_group import LocalGroupConfig, LocalGroupObjective
 from .memory import RingMemory
 from .mixture import Dims, Mixture, MixtureConfig, build_objectives
+from .patch import PatchConfig, PatchObjective
 from .protocol import Objective, Outcome, StepInfo, pair_weights
 from .prototypes import group_cross_entropy, teacher_targets
 
@@ -26,6 +27,8 @@ __all__ = [
     "MixtureConfig",
     "Objective",
     "Outcome",
+    "PatchConfig",
+    "PatchObjective",
     "RingMemory",
     "StepInfo",
     "build_objectives",

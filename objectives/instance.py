@@ -51,11 +51,12 @@ class InstanceObjective:
 
     def loss(self, student: dict[str, Tensor], teacher: dict[str, Tensor], info: StepInfo) -> Outcome:
         """Adds no more than logs and the teacher rows to enqueue, [B, G, dim]. ValueError if they cannot fit."""
-        self.queue.check(*teacher[self.name].shape)
+        queries, keys = info.outputs(self.name, student, teacher)
+        self.queue.check(*keys.shape)
         with torch.autocast(self.queue.rows.device.type, enabled=False):
-            keys = teacher[self.name].detach().to(self.queue.rows.dtype)
+            keys = keys.detach().to(self.queue.rows.dtype)
             result = contrast(
-                student[self.name].to(self.queue.rows.dtype),
+                queries.to(self.queue.rows.dtype),
                 keys,
                 self.queue.rows,
                 student_crops=info.student_crops,

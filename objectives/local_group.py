@@ -99,6 +99,11 @@ class LocalGroupObjective:
     def loss(self, student: dict[str, Tensor], teacher: dict[str, Tensor], info: StepInfo) -> Outcome:
         """The contrast's outcome, with rows of global crop 0 [B, features] for both memories and the weak flags [B]."""
         for memory, side in ((self.student, student), (self.teacher, teacher)):
+            if "memory_row" not in side or len(side["memory_row"]) < info.batch:
+                raise ValueError(
+                    f"{memory.name}: no 'memory_row' of {info.batch} images to remember; build the networks with "
+                    f"local_group among student.objectives, and give both a global view"
+                )
             memory.check(info.batch, side["memory_row"].shape[1])
         if info.weak is not None and info.weak.shape != (info.batch,):
             raise ValueError(f"weak flags of shape {tuple(info.weak.shape)} for a batch of {info.batch} images")

@@ -1,14 +1,14 @@
 """Several objectives on one student and one teacher pass, added with true weights.
 
 The loss is the weighted mean, `sum w_o loss_o / sum w_o`. In the official Mugs code weights are mere switches and a
-divisor; the two agree at 1, 1, 1 (section 1.5 of the notes on it). Names are `<objective>.<what>` throughout.
+divisor; the two agree at 1, 1, 1 (section 1.5 of the notes on it). iBOT's is the plain sum, `add: sum`. Names are `<objective>.<what>` throughout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,9 +17,10 @@ from torch import Tensor
 from .group import GroupConfig, GroupObjective
 from .instance import InstanceConfig, InstanceObjective, strip
 from .local_group import LocalGroupConfig, LocalGroupObjective
+from .patch import PatchConfig, PatchObjective
 from .protocol import Objective, Outcome, StepInfo
 
-ObjectiveConfig = InstanceConfig | LocalGroupConfig | GroupConfig
+ObjectiveConfig = InstanceConfig | LocalGroupConfig | GroupConfig | PatchConfig
 
 
 class MixtureConfig(BaseModel):
@@ -30,14 +31,20 @@ class MixtureConfig(BaseModel):
     weights: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
         default_factory=dict
     )  # Mugs: 1, 1, 1
+    add: Literal["mean", "sum"] = "mean"  # of the weighted losses; Mugs: mean, iBOT: sum
 
 
 class Mixture:
-    """An objective made of objectives; `weights` by name, 1 where not given, all positive."""
+    """An objective made of objectives; `weights` by name, 1 where not given, all positive; `add` as in the config."""
 
     name = "mixture"
 
-    def __init__(self, objectives: Sequence[Objective], weights: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        objectives: Sequence[Objective],
+        weights: Mapping[str, float] | None = None,
+        add: Literal["mean", "sum"] = "mean",
+    ) -> None:
         weights = weights or {}
         self.objectives = {objective.name: objective for objective in objectives}
         names = ", ".join(self.objectives)
@@ -49,6 +56,7 @@ class Mixture:
             if not 0 < weight < float("inf"):
                 raise ValueError(f"weight of {name!r} is {weight}: weigh it above 0, or leave the objective out")
         self.weights = {name: float(weights.get(name, 1.0)) for name in self.objectives}
+        self._divisor = sum(self.weights.values()) if add == "mean" else 1.0
 
     def context(self) -> dict[str, Tensor]:
         return {key: tensor for o in self.objectives.values() for key, tensor in o.context().items()}
@@ -57,7 +65,7 @@ class Mixture:
         return {key: tensor for o in self.objectives.values() for key, tensor in o.teacher_context().items()}
 
     def loss(self, student: dict[str, Tensor], teacher: dict[str, Tensor], info: StepInfo) -> Outcome:
-        """Weighted mean of the losses, with `loss/<objective>` (before its weight) and `weight/<objective>` in the logs."""
+        """Weighted mean (or sum) of the losses, with `loss/<objective>` (before its weight) and `weight/<objective>` in the logs."""
         terms: list[Tensor] = []
         logs: dict[str, Tensor | float] = {}
         commit: dict[str, Tensor] = {}
@@ -67,7 +75,7 @@ class Mixture:
             logs.update(outcome.logs)
             logs[f"weight/{name}"] = self.weights[name]
             commit.update({f"{name}.{key}": tensor for key, tensor in outcome.commit.items()})
-        loss = torch.stack(terms).sum() / sum(self.weights.values())
+        loss = torch.stack(terms).sum() / self._divisor
         logs["loss"] = loss.detach()
         return Outcome(loss, logs, commit)
 
@@ -93,6 +101,7 @@ class Dims:
     instance: int = 256  # instance head's output
     local_group: int = 256  # local-group head's output
     prototypes: int = 0  # group head's output
+    patch_prototypes: int = 0  # what hidden patches are assigned to
 
 
 def build_objectives(
@@ -104,7 +113,7 @@ def build_objectives(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Mixture:
-    """Objectives by name ("instance", "local_group", "group"; None: left out), memories drawn from `seed`.
+    """Objectives by name ("instance", "local_group", "group", "patch"; None: left out), memories drawn from `seed`.
 
     ValueError for another name, a configuration of the wrong kind, or a width in `dims` that is missing.
     """
@@ -122,9 +131,14 @@ def build_objectives(
                 if dims.prototypes < 1:
                     raise ValueError(f"group: dims.prototypes is {dims.prototypes}, give the width of the group head")
                 objectives.append(GroupObjective(config, dims.prototypes, **place))
+            case "patch", PatchConfig():
+                if dims.patch_prototypes < 1:
+                    raise ValueError(f"patch: dims.patch_prototypes is {dims.patch_prototypes}, give the head's width")
+                objectives.append(PatchObjective(config, dims.patch_prototypes, **place))
             case _:
                 raise ValueError(
                     f"objective {name!r} with a {type(config).__name__}: known are instance (InstanceConfig), "
-                    "local_group (LocalGroupConfig) and group (GroupConfig)"
+                    "local_group (LocalGroupConfig), group (GroupConfig) and patch (PatchConfig)"
                 )
-    return Mixture(objectives, mixture.weights if mixture else None)
+    mixture = mixture or MixtureConfig()
+    return Mixture(objectives, mixture.weights, mixture.add)

@@ -4,11 +4,12 @@ An objective turns student and teacher outputs into a loss and keeps memories, b
 `loss` changes nothing, so that a bad step can be dropped; what it would remember travels in the outcome and is taken
 over by `commit` once the optimizer step was applied. Who is compared with whom follows Mugs (sections 1.2 and 1.4 of
 the notes on the official code): teacher crop i with every student crop j but j = i, global and local crops
-averaged apart.
+averaged apart, or as in DINO all pairs alike.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -28,10 +29,35 @@ class StepInfo:
     progress: float = 0.0  # share of the run that is done, 0 to 1
     weak: Tensor | None = None  # [batch] bool: the student's global crops of this image are weakly augmented
     same_views: bool = False  # the student's global crops are the teacher's; j = i is left out either way (official)
+    masks: Tensor | None = (
+        None  # [teacher_crops * batch, h, w] bool: patches hidden from the student, True where hidden
+    )
+    # Rows [n, ...] of every rank in the order of the positions, [ranks * n, ...]; None: this rank is all there is.
+    gather: Callable[[Tensor], Tensor] | None = None
 
-    def pair_weights(self) -> list[list[float]]:
+    def pair_weights(self, equal: bool = False) -> list[list[float]]:
         """`[teacher_crops][student_crops]` weights of the terms, summing to one; 0 where j = i. See `pair_weights`."""
-        return pair_weights(self.teacher_crops, self.student_crops, self.student_globals)
+        return pair_weights(self.teacher_crops, self.student_crops, self.student_globals, equal)
+
+    def outputs(self, name: str, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What both networks give out under `name`: [student_crops * batch, ...] and [teacher_crops * batch, ...].
+
+        ValueError, naming the network and the remedy, when one lacks it or has other rows.
+        """
+        found = []
+        for who, side, crops in (("student", student, self.student_crops), ("teacher", teacher, self.teacher_crops)):
+            if name not in side:
+                raise ValueError(
+                    f"objective {name}: the {who} gives no {name!r}, only {', '.join(side) or 'nothing'}; build it with "
+                    f"{name} among student.objectives"
+                )
+            if len(side[name]) != crops * self.batch:
+                raise ValueError(
+                    f"objective {name}: {len(side[name])} rows of the {who} for {crops} crops of {self.batch} images; "
+                    f"outputs and step do not come from one batch"
+                )
+            found.append(side[name])
+        return found[0], found[1]
 
 
 @dataclass
@@ -58,7 +84,7 @@ class Outcome:
 
 @runtime_checkable
 class Objective(Protocol):
-    """One granularity. Implementations: `InstanceObjective`, `LocalGroupObjective`, `GroupObjective`, `Mixture`."""
+    """One granularity. Implementations: the classes called `...Objective`, and `Mixture`."""
 
     name: str
 
@@ -98,11 +124,14 @@ def images_of(student: Tensor, teacher: Tensor, student_crops: int, teacher_crop
     return batch
 
 
-def pair_weights(teacher_crops: int, student_crops: int, student_globals: int) -> list[list[float]]:
+def pair_weights(
+    teacher_crops: int, student_crops: int, student_globals: int, equal: bool = False
+) -> list[list[float]]:
     """Weight of each term (teacher crop i, student crop j): half for global j, half for local j, each spread evenly.
 
     Pairs j = i are left out. Where one half has no pair (no local crops, or a single global crop on both sides), the
-    other gets all the weight; the official code divides by zero there. Raises ValueError when no pair is left.
+    other gets all the weight; the official code divides by zero there. With `equal` all pairs weigh the same, as in
+    DINO. Raises ValueError when no pair is left.
     """
     if not 0 <= student_globals <= student_crops:
         raise ValueError(f"student_globals={student_globals} must lie between 0 and student_crops={student_crops}")
@@ -117,5 +146,5 @@ def pair_weights(teacher_crops: int, student_crops: int, student_globals: int) -
     halves = (large > 0) + (small > 0)
     weights = [[0.0] * student_crops for _ in range(teacher_crops)]
     for i, j in pairs:
-        weights[i][j] = 1.0 / (halves * (large if j < student_globals else small))
+        weights[i][j] = 1.0 / (len(pairs) if equal else halves * (large if j < student_globals else small))
     return weights

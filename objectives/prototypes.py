@@ -91,17 +91,18 @@ def group_cross_entropy(
     student_globals: int,
     teacher_crops: int,
     temperature: float,
+    equal: bool = False,
 ) -> Tensor:
     """Scalar cross-entropy of student logits [C*B, K] against assignments [G*B, K] (`teacher_targets`), crop-major.
 
-    Terms and weights are `pair_weights`'. Gradient flows to the logits only. ValueError when shapes disagree.
+    Terms and weights are `pair_weights`' (`equal`: DINO's). Gradient flows to the logits only. ValueError when shapes disagree.
     """
     batch = images_of(logits, targets, student_crops, teacher_crops)
     views = targets.detach().view(teacher_crops, batch, -1)
     blends: dict[tuple[float, ...], int] = {}  # weights over the teacher views, up to a factor -> index of the blend
     blended: list[Tensor] = []
     plan: list[tuple[int, float, float]] = []  # for each crop: blend, factor, sum of weights
-    for column in zip(*pair_weights(teacher_crops, student_crops, student_globals), strict=True):
+    for column in zip(*pair_weights(teacher_crops, student_crops, student_globals, equal), strict=True):
         factor = max(column) or 1.0
         pattern = tuple(weight / factor for weight in column)
         if pattern not in blends:
@@ -130,9 +131,10 @@ def group_cross_entropy_reference(
     student_globals: int,
     teacher_crops: int,
     temperature: float,
+    equal: bool = False,
 ) -> Tensor:
     """The same number from the formula, one cross-entropy for each pair of crops."""
-    weights = pair_weights(teacher_crops, student_crops, student_globals)
+    weights = pair_weights(teacher_crops, student_crops, student_globals, equal)
     loss = logits.new_zeros((), dtype=targets.dtype)
     for i, p in enumerate(targets.detach().chunk(teacher_crops)):
         for j, z in enumerate(logits.to(targets.dtype).chunk(student_crops)):

@@ -96,11 +96,11 @@ class Image:
                     yield flat[start : start + CHUNK].data
 
 
-def lay_out(tensors: Mapping[str, Tensor]) -> Image:
+def lay_out(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Image:
     """The safetensors file of some named tensors. Raises CheckpointError for a type that the format does not have."""
     # Wide types first, as the library has them: so each tensor begins at a multiple of its own item size.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    table: dict[str, Any] = {}
+    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
     for name, tensor in ordered:
         if tensor.dtype not in NAMES:

@@ -1,4 +1,4 @@
-"""What the networks are fed: crops by size, the shape of a step, the draws of stochastic depth. No state.
+"""What the networks are fed: crops by size, the shape of a step, the draws of stochastic depth, weak flags, masks. No state.
 
 A global batch is cut into `world` equal shares in the order of the positions, and a share into `accumulate`
 micro-batches. Everything here is a function of (recipe, rank, world, position), so a step can be fed again elsewhere.
@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 
 from ..objectives import StepInfo
+from ..pipeline.masks import draw_masks
 from ..pipeline.philox import DROP_PATH, uniform
+from ..pipeline.plan import Plan
+from ..pipeline.strong import strong_crops
 from .recipe import Recipe, RecipeError
 
 
@@ -31,6 +34,7 @@ class Inputs:
         self.student = _by_size([v for v in recipe.views if v.role in ("student", "both")])
         self.teacher = _by_size([v for v in recipe.views if v.role in ("teacher", "both")])
         self.student_crops = sum(view.count for group in self.student for view in group)
+        self._plan = Plan(recipe.views)
 
     def crops(self, batch: Mapping[str, Tensor], views: list[list[Any]], part: int) -> list[Tensor]:
         """[crops * b, 3, H, W] for each size, crop-major as the official code has them; batch: [B, n, 3, H, W] a view."""
@@ -40,7 +44,7 @@ class Inputs:
             for group in views
         ]
 
-    def info(self, position: int, progress: float) -> StepInfo:
+    def info(self, position: int, progress: float, part: int = 0) -> StepInfo:
         views = [view for group in self.student for view in group]
         largest = max(view.size for view in views)
         return StepInfo(
@@ -50,16 +54,55 @@ class Inputs:
             teacher_crops=sum(view.count for group in self.teacher for view in group),
             position=position,
             progress=progress,
+            weak=self._weak(views[0].name, position, part),
             same_views=any(view.role == "both" for view in views),
+            masks=self.masks(position, progress, part),
         )
+
+    def masks(self, position: int, progress: float, part: int) -> Tensor | None:
+        """Of the student's global crops, bool [crops * b, h, w] on the host, crop-major; None: no objective asks.
+
+        Like weak flags and stochastic depth they are a function of the positions.
+        """
+        config = self.recipe.objectives.patch
+        if config is None:
+            return None
+        side = self.student[0][0].size // self.recipe.patch_size
+        crops = [c for view in self.student[0] for c in range(self._plan.crops)[self._plan.columns[view.name]]]
+        if progress < config.start:
+            return torch.zeros(len(crops) * self.micro, side, side, dtype=torch.bool)
+        positions = self._positions(position, part)
+        drawn = draw_masks(self.recipe.stream.seed, positions, crops, (side, side), self.recipe.masks)
+        return torch.from_numpy(drawn).transpose(0, 1).flatten(0, 1)
+
+    def masked(self, info: StepInfo) -> dict[str, Tensor]:
+        """Context for networks that learn by masks: which patches are hidden, and their flat indices."""
+        if info.masks is None:
+            return {}
+        index = info.masks.flatten().nonzero().squeeze(1)  # here, where it costs the device no wait
+        return {"patch.masks": info.masks.to(self.device), "patch.index": index.to(self.device)}
+
+    def _weak(self, view: str, position: int, part: int) -> Tensor | None:
+        """Flags [b] of images whose first student crop, of this view, is weak; None where there is no strong form.
+
+        Drawn anew from the positions, as stochastic depth is: a batch that was kept to be fed again needs no flags.
+        """
+        first = self._plan.columns[view].start
+        if not self._plan.strong[first]:
+            return None
+        strong = strong_crops(self._plan, self.recipe.stream.seed, self._positions(position, part))
+        return torch.from_numpy(~strong[:, first]).to(self.device)
+
+    def _positions(self, position: int, part: int) -> np.ndarray:
+        """Of this rank's images of a micro-batch, int64 [b]."""
+        return position + (self.rank * self.parts + part) * self.micro + np.arange(self.micro)
 
     def draws(self, position: int, part: int, depth: int) -> dict[str, Tensor]:
         """Context for stochastic depth, [crops * b, 2 * depth] uniform in [0, 1), keyed by each sample's position."""
         if not self.recipe.student.drop_path:
             return {}
-        first = position + (self.rank * self.parts + part) * self.micro
         count = self.student_crops * 2 * depth
-        draws = uniform(self.recipe.seed, first + np.arange(self.micro), DROP_PATH, count)
+        draws = uniform(self.recipe.seed, self._positions(position, part), DROP_PATH, count)
         by_crop = torch.from_numpy(draws).float().view(-1, self.student_crops, 2 * depth).transpose(0, 1)
         return {"drop_path.draws": by_crop.flatten(0, 1).to(self.device)}
 

@@ -21,9 +21,11 @@ def build_mixture(recipe: Recipe, student: Student, device: torch.device | str =
     wanted, heads = recipe.objectives, recipe.student
     return build_objectives(
         {name: getattr(wanted, name) for name in wanted.names()},
-        dims=Dims(student.backbone.embed_dim, heads.head_out, heads.head_out, heads.prototypes),
+        dims=Dims(
+            student.backbone.embed_dim, heads.head_out, heads.head_out, heads.prototypes, heads.prototypes_of_patches
+        ),
         seed=recipe.seed,
-        mixture=MixtureConfig(weights=wanted.weights),
+        mixture=MixtureConfig(weights=wanted.weights, add=wanted.add),
         device=device,
     )
 

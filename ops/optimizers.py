@@ -58,8 +58,8 @@ def parameter_groups(student: nn.Module, config: OptimizerConfig) -> list[dict[s
     """What is trained, as groups of equal treatment, in the order in which each first appears in the student.
 
     Keys: params; names, in the same order; lr_scale; decays (False for 1-D tensors and biases; the class token, position
-    embedding and weight_g do decay); last_layer, held back while it is frozen; teacher, False for predictors, which the
-    teacher lacks. Raises OptimizerError when layer_decay finds no blocks to go by.
+    embedding and weight_g do decay); last_layer, held back while it is frozen; teacher, False for predictors and the mask token,
+    which the teacher lacks. Raises OptimizerError when layer_decay finds no blocks to go by.
     """
     trained = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
     depth = 1 + max((_block(name) for name, _ in student.named_parameters()), default=-1)
@@ -70,7 +70,8 @@ def parameter_groups(student: nn.Module, config: OptimizerConfig) -> list[dict[s
         scale = config.patch_embed_scale if "patch_embed" in name else 1.0
         scale *= config.layer_decay ** (depth + 1 - layer_of(name, depth))
         decays = config.decay_all or (parameter.ndim > 1 and not name.endswith(".bias"))
-        key = (scale, decays, "last_layer" in name, ".predictor." not in name)
+        both = ".predictor." not in name and not name.endswith("mask_token")
+        key = (scale, decays, "last_layer" in name, both)
         group = dict(zip(("lr_scale", "decays", "last_layer", "teacher"), key, strict=True))
         group = groups.setdefault(key, {"params": [], "names": [], **group})
         group["params"].append(parameter)

@@ -19,13 +19,16 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from ..models.student import StudentConfig
-from ..objectives import GroupConfig, InstanceConfig, LocalGroupConfig
+from ..objectives import GroupConfig, InstanceConfig, LocalGroupConfig, PatchConfig
 from ..pipeline.groups import named_views
+from ..pipeline.masks import MaskConfig
 from ..pipeline.views import StreamConfig, View
 from ..shards.errors import GristmillError
+from .fitting import check_objectives
 from .guard import GuardConfig
 from .optimizers import OptimizerConfig
 
+NAMES = ("instance", "local_group", "group", "patch")  # of objectives
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -45,10 +48,12 @@ class ObjectivesConfig(Piece):
     instance: InstanceConfig | None = None
     local_group: LocalGroupConfig | None = None
     group: GroupConfig | None = None
+    patch: PatchConfig | None = None
     weights: dict[str, float] = {}  # by name, 1 where not given; the mean is weighted by them
+    add: Literal["mean", "sum"] = "mean"  # of the weighted losses; Mugs: mean, iBOT: sum
 
     def names(self) -> list[str]:
-        return [name for name in ("instance", "local_group", "group") if getattr(self, name) is not None]
+        return [name for name in NAMES if getattr(self, name) is not None]
 
 
 class EngineConfig(Piece):
@@ -152,6 +157,7 @@ class Recipe(Piece):
     # autocast: products in bf16, weights fp32. bf16: weights in bf16 as well, with fp32 masters, moments and reduction.
     precision: Literal["fp32", "autocast", "bf16"] = "fp32"
     views: list[View]  # or the name of a whole set of them, such as mugs (pipeline/groups.py)
+    masks: MaskConfig = MaskConfig()  # of the student's global crops, for the patch objective
     stream: StreamConfig = StreamConfig()
     student: StudentConfig
     objectives: ObjectivesConfig
@@ -185,7 +191,7 @@ class Recipe(Piece):
         if not isinstance(wanted, dict):
             return tree
         student = dict(tree["student"])
-        student.setdefault("objectives", [n for n in ("instance", "local_group", "group") if wanted.get(n) is not None])
+        student.setdefault("objectives", [n for n in NAMES if wanted.get(n) is not None])
         local = wanted.get("local_group")
         if isinstance(local, dict) and "neighbours" in local:
             student.setdefault("neighbours", local["neighbours"])
@@ -207,7 +213,9 @@ class Recipe(Piece):
     @property
     def elastic(self) -> Literal["any", "same_topology"]:
         """Whether the run may go on with another number of processes or micro-batches (DESIGN 3.4)."""
+        group = self.objectives.group
         whole_batch = self.student.head_norm == "batch" and not self.student.virtual_batch
+        whole_batch |= group is not None and group.over_batch and not group.virtual_batch
         return "same_topology" if whole_batch else "any"
 
     @model_validator(mode="after")
@@ -221,7 +229,7 @@ class Recipe(Piece):
             raise ValueError("views: the student sees none; give one view the role student or both")
         chosen = self.objectives.names()
         if not chosen:
-            raise ValueError("objectives: none is given; name at least one of instance, local_group, group")
+            raise ValueError(f"objectives: none is given; name at least one of {', '.join(NAMES)}")
         strange = sorted(set(self.objectives.weights) - set(chosen))
         if strange:
             raise ValueError(f"objectives.weights.{strange[0]}: no such objective here; there are {', '.join(chosen)}")
@@ -229,6 +237,7 @@ class Recipe(Piece):
             raise ValueError(
                 f"student.objectives {list(self.student.objectives)} differ from objectives {chosen}; leave the former out"
             )
+        check_objectives(self)
         patch = self.patch_size
         for view in self.views:
             if view.size % patch:
@@ -328,8 +337,9 @@ def shrink(tree: dict[str, Any]) -> dict[str, Any]:
     cap(tree, images=2048, batch=32)
     student = tree.setdefault("student", {})
     student.update(embed_dim=64, depth=2, heads=4)
-    cap(student, head_hidden=128, head_out=64, predictor_hidden=128, prototypes=256)
+    cap(student, head_hidden=128, head_out=64, predictor_hidden=128, prototypes=256, patch_prototypes=256)
     student.pop("neighbours", None)
+    student.pop("init", None)  # weights of the full size do not fit
     patch = student.setdefault("patch_size", 16)
     cap(student, image_size=4 * patch)
     views = tree.get("views", [])

@@ -161,12 +161,14 @@ def _one(
     losses: dict[str, list[float]] = {}
     student.zero_grad()
     for part in range(inputs.parts):
+        info = inputs.info(position, progress, part)
+        masked = inputs.masked(info)
         with mixed, _watching(finding, {"teacher": teacher, "student": student}):
             with torch.no_grad():
-                targets = teacher(inputs.crops(views, inputs.teacher, part), mixture.teacher_context())
-            context = mixture.context() | inputs.draws(position, part, len(student.backbone.blocks))
+                targets = teacher(inputs.crops(views, inputs.teacher, part), mixture.teacher_context() | masked)
+            context = mixture.context() | masked | inputs.draws(position, part, len(student.backbone.blocks))
             outputs = student(inputs.crops(views, inputs.student, part), context)
-        outcome = mixture.loss(outputs, targets, inputs.info(position, progress))
+        outcome = mixture.loss(outputs, targets, info)
         (outcome.loss / inputs.parts).backward()
         for name, value in outcome.logs.items():
             if name.startswith("loss"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..models import compile_blocks, merge_statistics, statistics_of
 from ..models.student import Student
 from ..models.teacher import make_teacher
 from ..objectives import Outcome, StepInfo
+from ..pipeline.augment import chosen
 from ..pipeline.cursor import Cursor
 from ..pipeline.draws import Plan
 from ..pipeline.loader import Batch, Loader
@@ -29,6 +31,7 @@ from .checkpoint import CheckpointError, Content, Saved, newest
 from .engine import Engine
 from .feed import Feed
 from .guard import Guard, Verdict
+from .importing import Initial, read_initial
 from .inputs import Inputs
 from .networks import build_mixture, build_student
 from .ranks import drifted, gather, gather_texts
@@ -41,10 +44,10 @@ from .writer import Writer
 # and the data, which the cursor answers for.
 FREE = (
     "name", "data", "threads", "metrics", "checkpoint", "probes", "stream.prefetch", "stream.reader_threads",
-    "stream.stall", "stream.deadline", "stream.cache", "stream.take_up", "stream.mixture_from",
+    "stream.stall", "stream.deadline", "stream.cache", "stream.take_up", "stream.mixture_from", "stream.augment",
     "engine", "guard", "watchdog",
 )  # fmt: skip
-VERSIONS = ("torch", "deepspeed", "nvidia-dali-cuda130", "timm", "webdataset", "numpy")
+VERSIONS = ("torch", "deepspeed", "nvidia-dali-cuda130", "timm", "webdataset", "numpy", "numba", "simplejpeg")
 
 
 class Run:
@@ -57,11 +60,13 @@ class Run:
             )
         self.inputs = Inputs(recipe, rank, world, device)
         virtual = recipe.student.virtual_batch
-        if virtual and self.inputs.micro % virtual:
-            raise RecipeError(
-                f"student.virtual_batch: {virtual} does not divide the {self.inputs.micro} images of one forward on "
-                f"{world} processes"
-            )
+        group = recipe.objectives.group
+        for field, images in (("student", virtual), ("objectives.group", group and group.virtual_batch)):
+            if images and self.inputs.micro % images:
+                raise RecipeError(
+                    f"{field}.virtual_batch: {images} does not divide the {self.inputs.micro} images of one forward on "
+                    f"{world} processes"
+                )
         self.recipe, self.folder, self.rank, self.world, self.device = recipe, folder, rank, world, device
         self.threads = recipe.threads or max(
             1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -76,6 +81,9 @@ class Run:
         student.backbone.recompute = recipe.engine.recompute
         self.depth = len(student.backbone.blocks)
         teacher = make_teacher(student)
+        initial = self._initial(student)
+        if initial:
+            initial.fill(student, teacher)
         if recipe.engine.compile:
             try:
                 compile_blocks(student.backbone, recipe.engine.compile)
@@ -83,8 +91,12 @@ class Run:
             except (ValueError, RuntimeError) as error:
                 raise RecipeError(f"engine.compile: {error}") from error
         self.mixture = build_mixture(recipe, student, device)
-        self._check_memories()
+        if initial:
+            initial.check(self.mixture)
         self.engine = Engine(student, teacher, recipe, rank, world)
+        if initial:
+            initial.finish(self.engine, self.mixture)
+        self.begun = initial.report if initial else None
         self.guard = Guard(recipe.guard, rank, world)
         self.store = open_store(recipe.checkpoint.store or folder / "checkpoints")
         keep = recipe.checkpoint
@@ -95,6 +107,15 @@ class Run:
     def build(self) -> Student:
         """The student as it is before its first step; its teacher's architecture, too."""
         return build_student(self.recipe).to(self.device)
+
+    def _initial(self, student: Student) -> Initial | None:
+        """Weights to begin with, as `student.init` says; none where a checkpoint has them. Collective."""
+        if self.recipe.student.init is None:
+            return None
+        store = open_store(self.recipe.checkpoint.store or self.folder / "checkpoints")
+        if self.total([float(len(store.positions())) if self.rank == 0 else 0.0])[0]:
+            return None
+        return read_initial(self.recipe, student, self.everyones)
 
     @property
     def position(self) -> int:
@@ -120,16 +141,19 @@ class Run:
         dist.all_reduce(vector)
         return vector.tolist()
 
-    def info(self) -> StepInfo:
-        return self.inputs.info(self.position, self.progress)
+    def info(self, part: int = 0) -> StepInfo:
+        return replace(self.inputs.info(self.position, self.progress, part), gather=gather)
 
     def forward(self, batch: Batch, part: int) -> Outcome:
         """Teacher, student and losses of one micro-batch; nothing is remembered."""
-        inputs, views = self.inputs, batch.views
-        targets = self.engine.teacher(inputs.crops(views, inputs.teacher, part), self.mixture.teacher_context())
-        context = self.mixture.context() | inputs.draws(self.position, part, self.depth)
+        inputs, views, info = self.inputs, batch.views, self.info(part)
+        masked = inputs.masked(info)
+        targets = self.engine.teacher(
+            inputs.crops(views, inputs.teacher, part), self.mixture.teacher_context() | masked
+        )
+        context = self.mixture.context() | masked | inputs.draws(self.position, part, self.depth)
         outputs = self.engine(inputs.crops(views, inputs.student, part), context, part == inputs.parts - 1)
-        outcome = self.mixture.loss(outputs, targets, self.info())
+        outcome = self.mixture.loss(outputs, targets, info)
         for who, out in (("student", outputs), ("teacher", targets)):
             outcome.commit |= {f"{who}/{name}": value for name, value in statistics_of(out).items()}
         return outcome
@@ -192,7 +216,7 @@ class Run:
             "accumulate": self.inputs.parts,
             "threads": self.threads,
             "device": self.device.type,
-            "executor": "dali",
+            "executor": chosen(self.recipe.stream.augment, "gpu" if self.device.type == "cuda" else "cpu"),
             "processor": platform.processor() or platform.machine(),
         }
 
@@ -204,6 +228,9 @@ class Run:
                 (self.folder / "recipe.yaml").write_text(dump_recipe(self.recipe))
             self.log.rewind(0)
             torch.set_num_threads(self.threads)
+            if self.begun:
+                self.log.write("event", event="initial", **self.begun.as_dict())
+                told += self.begun.lines()
             return told
         self._check_recipe(saved)
         self._check_topology(saved)
@@ -255,28 +282,25 @@ class Run:
                 f"checkpoint; if it comes back, run with engine.compile=null and report it"
             )
 
-    def _check_memories(self) -> None:
-        """A step's rows must fit the memories that they go to."""
-        rows = self.recipe.batch * self.info().teacher_crops
-        for name in ("instance", "local_group"):
-            config = getattr(self.recipe.objectives, name)
-            if config and config.queue < rows:
-                raise RecipeError(f"objectives.{name}.queue: {config.queue} is less than the {rows} rows of one step")
-        local = self.recipe.objectives.local_group
-        if local and local.memory < self.recipe.batch:
-            raise RecipeError(
-                f"objectives.local_group.memory: {local.memory} is less than a batch of {self.recipe.batch}"
-            )
-
     def _check_topology(self, saved: Saved) -> None:
-        """Batch norm over a whole forward's images learns something else when other images share a forward."""
+        """What must not change unnoticed: who rounds the pixels, and who shares a forward.
+
+        What is taken over a whole forward's images (batch norm, Sinkhorn-Knopp, KoLeo) is something else when other
+        images share it.
+        """
+        before, now = saved.state["topology"].get("executor", "dali"), self.topology()["executor"]
+        if before != now and self.recipe.stream.augment == "auto":
+            raise CheckpointError(
+                f"{saved.path} was written with views by {before}, here they would come from {now}, which rounds "
+                f"otherwise: add stream.augment={before} to go on as before, or stream.augment={now} to change over"
+            )
         if self.recipe.elastic == "same_topology":
             then, now = saved.state["topology"], self.topology()
             for key in ("world", "accumulate"):
                 if then[key] != now[key]:
                     raise CheckpointError(
                         f"{saved.path} was written with {key} {then[key]}, this run has {now[key]}, and its batch norm "
-                        f"depends on that: go on as before, or start anew with student.virtual_batch set"
+                        f"(or balance, or KoLeo) depends on that: go on as before, or start anew with virtual_batch set"
                     )
 
     def _check_recipe(self, saved: Saved) -> None:

@@ -33,6 +33,25 @@ _SYMMETRIC = {"Rotate": 30.0, "ShearX": 0.3, "ShearY": 0.3, "TranslateXRel": 0.4
 _ENHANCE = ("Color", "Contrast", "Brightness", "Sharpness")
 
 
+def strong_crops(plan: Plan, seed: int, positions: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which crops of the samples at `positions` [B] take their strong form: bool [B, V]. Only the coins are drawn."""
+    strong = np.zeros((len(positions), plan.crops), np.bool_)
+    able = np.flatnonzero(plan.strong)
+    if len(able):
+        strong[:, able] = _tossed(plan, able, _first(able, seed, positions))
+    return strong
+
+
+def _first(able: NDArray[np.intp], seed: int, positions: NDArray[np.int64]) -> Floats:
+    """The block of numbers that holds the coin, of each crop that has a strong form: float64 [B, S, 4]."""
+    return philox.uniform_blocks(seed, positions[:, None], philox.VIEW + able, (_COIN,))
+
+
+def _tossed(plan: Plan, able: NDArray[np.intp], first: Floats) -> NDArray[np.bool_]:
+    """Which of them are strong, bool [B, S]: each goes by the coin of the crop that tosses for it."""
+    return first[:, np.searchsorted(able, plan.coin[able]), 0] >= plan.weak_p[able]
+
+
 def draw_strong(
     plan: Plan, seed: int, positions: NDArray[np.int64]
 ) -> tuple[NDArray[np.intp], NDArray[np.intp], Floats]:
@@ -42,9 +61,8 @@ def draw_strong(
     """
     settings = plan.strong_settings
     able = np.flatnonzero(plan.strong)
-    first = philox.uniform_blocks(seed, positions[:, None], philox.VIEW + able, (_COIN,))  # [B, S, 4]
-    coin = first[:, np.searchsorted(able, plan.coin[able]), 0]
-    image, place = np.nonzero(coin >= plan.weak_p[able])
+    first = _first(able, seed, positions)
+    image, place = np.nonzero(_tossed(plan, able, first))
     crop = able[place]
     own = first[image, place]
     u = philox.uniform_blocks(seed, positions[image], philox.VIEW + crop, _OPERATIONS)  # [m, 8]

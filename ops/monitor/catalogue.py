@@ -8,7 +8,7 @@ exception text or remote string can become a label. Metrics follow `gristmill_<s
 import re
 from typing import NamedTuple
 
-OBJECTIVES = ("instance", "local_group", "group")
+OBJECTIVES = ("instance", "local_group", "group", "patch")
 PHASES = ("data_wait", "forward", "backward", "verdict", "optimizer", "ema", "commit", "metrics", "checkpoint", "probe")
 HEALTH = (
     "teacher_entropy_ratio",

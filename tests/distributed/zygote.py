@@ -89,9 +89,9 @@ class Zygote(Workers):
         lines = [list(map(str, command)) for command in commands]
         return self.group(log, "fault_cases", json.dumps(list(faults)), json.dumps(lines), **how)
 
-    def cases(self, script: str, world: int, folder: Path) -> dict[str, dict[str, Any]]:
+    def cases(self, script: str, world: int, folder: Path, *arguments: object) -> dict[str, dict[str, Any]]:
         """What a script wrote to folder/found.jsonl, by case; its ranks must have ended well."""
-        group = self.group(folder / "rank", script, folder, world=world)
+        group = self.group(folder / "rank", script, folder, *arguments, world=world)
         assert group.codes == [0] * world, group.errors
         lines = [json.loads(line) for line in (folder / "found.jsonl").read_text().splitlines()]
         return {line.pop("case"): line for line in lines}

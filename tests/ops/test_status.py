@@ -86,7 +86,7 @@ def test_json_is_json(run: Path, capsys: pytest.CaptureFixture[str]):
 
     answer = json.loads(capsys.readouterr().out, parse_constant=refuse)
     assert answer["run"] == {"run": "first", "world": "1", "device": "cpu"}
-    assert answer["loss"] == {"all": None, "instance": 1.5, "local_group": 1.5, "group": 1.5}
+    assert answer["loss"] == {"all": None, "instance": 1.5, "local_group": 1.5, "group": 1.5, "patch": 1.5}
     assert answer["health"] == {"group": {"teacher_entropy_ratio": 0.5}}
     assert answer["probes"] == {"coarse_knn": {"chance": 0.1, "teacher": 0.375}}
     assert answer["memories"]["local_group.teacher"] == {"fill": 0.25, "age": 12.0, "norm": 1.0}
