@@ -79,6 +79,7 @@ class Engine:
         self.teacher = EmaTeacher(teacher, self.layout, self.stage, dtype, scattered if self.stage == 3 else None)
         self.optimizer.transform = self._transform
         self.rates: dict[str, float] = {}
+        self._progress = 0.0
         self._clip: Tensor | None = None  # [P] factors of this step's gradients
         self._trust: Tensor | None = None
 
@@ -95,7 +96,7 @@ class Engine:
 
     def set_rates(self, progress: float, step: float) -> dict[str, float]:
         """Apply the schedules at `progress` (0..1 of the run); `step` is one batch's share of it."""
-        config = self.recipe.optimizer
+        config, self._progress = self.recipe.optimizer, progress
         peak = config.lr * self.recipe.batch / 256
         lr = warmup_cosine(peak, config.min_lr, config.warmup, progress, step)
         decay = cosine(*config.weight_decay, progress)
@@ -122,7 +123,7 @@ class Engine:
         norms: [P] gradient norm of each parameter, over all ranks, before clipping.
         """
         config = self.recipe.optimizer
-        self._clip = clip_scales(norms, config) if config.clip else None
+        self._clip = clip_scales(norms, config, self._progress) if config.clip else None
         self._trust = self._trust_ratios() if config.name == "lars" else None
         self._engine.step()
         return bool(self._engine.was_step_applied())

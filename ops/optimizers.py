@@ -42,6 +42,8 @@ class OptimizerConfig(BaseModel):
     momentum: float = Field(default=0.9, ge=0, lt=1)  # SGD, LARS
     trust: float = Field(default=0.001, gt=0)  # LARS: length of a step as a share of the weights' norm, at rate 1
     clip: float = Field(default=3.0, ge=0)  # norm of each parameter tensor, not of all together; 0 turns it off
+    # (share of the run, norm): from there on, gradients are cut to this norm instead. Mugs, ViT-L: after 101 of 250 epochs.
+    clip_late: tuple[float, float] | None = None
     clip_by: Literal["tensor", "global"] = "tensor"  # global: the norm of all gradients together is what clip limits
     patch_embed_scale: float = Field(default=0.2, gt=0)  # the patch embedding learns slower
     layer_decay: float = Field(default=1.0, gt=0, le=1)  # rate of a layer over that of the next; 1 is off, as in Mugs
@@ -51,7 +53,15 @@ class OptimizerConfig(BaseModel):
     def _fits(self) -> Self:
         if self.name == "lars" and self.decay_all:
             raise ValueError("decay_all: LARS leaves 1-D tensors and biases out; leave decay_all out, or set name: sgd")
+        if self.clip_late and not (self.clip and 0 <= self.clip_late[0] <= 1 and self.clip_late[1] > 0):
+            raise ValueError(
+                f"clip_late: {self.clip_late} is to be a share of the run (0 ... 1) and a norm above 0, after a clip of its own"
+            )
         return self
+
+    def clip_at(self, progress: float) -> float:
+        """The norm to which gradients are cut at this share of the run; 0: they are not."""
+        return self.clip_late[1] if self.clip_late and progress >= self.clip_late[0] else self.clip
 
 
 def parameter_groups(student: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
@@ -143,8 +153,8 @@ def make_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig, device
     return SGD(groups, lr=0.0, momentum=config.momentum, weight_decay=0.0, foreach=True)
 
 
-def clip_scales(norms: Tensor, config: OptimizerConfig) -> Tensor:
-    """Factor [P] for each parameter's gradient so that norms [P], over whole tensors, come to at most `clip`.
+def clip_scales(norms: Tensor, config: OptimizerConfig, progress: float = 0.0) -> Tensor:
+    """Factor [P] for each parameter's gradient so that norms [P], over whole tensors, come to at most `clip_at`.
 
     The coefficient is clip / (norm + 1e-6), at most 1, of each tensor (the official Mugs) or of all together.
     """
@@ -152,18 +162,18 @@ def clip_scales(norms: Tensor, config: OptimizerConfig) -> Tensor:
         return torch.ones_like(norms)
     if config.clip_by == "global":
         norms = torch.linalg.vector_norm(norms).expand_as(norms)
-    return (config.clip / (norms + 1e-6)).clamp(max=1.0)
+    return (config.clip_at(progress) / (norms + 1e-6)).clamp(max=1.0)
 
 
 @torch.no_grad()
-def clip_reference(gradients: list[Tensor], config: OptimizerConfig) -> None:
+def clip_reference(gradients: list[Tensor], config: OptimizerConfig, progress: float = 0.0) -> None:
     """Clip whole gradients in place, one tensor at a time: what `clip_scales` must equal."""
     if not config.clip:
         return
     together = sum(float(gradient.square().sum()) for gradient in gradients) ** 0.5
     for gradient in gradients:
         norm = together if config.clip_by == "global" else float(gradient.norm(2))
-        if (coefficient := config.clip / (norm + 1e-6)) < 1:
+        if (coefficient := config.clip_at(progress) / (norm + 1e-6)) < 1:
             gradient.mul_(coefficient)
 
 

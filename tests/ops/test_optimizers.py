@@ -21,6 +21,7 @@ from gristmill.ops.optimizers import (
     make_optimizer,
     parameter_groups,
 )
+from gristmill.ops.recipe import load_recipe
 from gristmill.ops.segments import Segment, Segments, Shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -257,6 +258,16 @@ def test_clip_scales_equal_the_plain_clip(lengths: list[float], by: str, clip: f
     ours = [g * scale for g, scale in zip(gradients, clip_scales(norms, config), strict=True)]
     clip_reference(gradients, config)
     torch.testing.assert_close(ours, gradients, rtol=1e-12, atol=0)
+
+
+def test_the_clip_of_mugs_vit_large_falls_to_a_tenth_after_101_epochs():
+    config = load_recipe("mugs-vitl16-250").optimizer
+    assert [config.clip_at(epoch / 250) for epoch in (0, 100, 101, 249)] == [3.0, 3.0, 0.3, 0.3]
+    norms = torch.tensor([0.15, 1.5, 6.0])
+    torch.testing.assert_close(clip_scales(norms, config, 0.4), torch.tensor([1.0, 1.0, 0.5]))
+    torch.testing.assert_close(clip_scales(norms, config, 0.5), torch.tensor([1.0, 0.2, 0.05]))
+    with pytest.raises(ValueError, match="clip_late"):
+        settings_of(clip=0, clip_late=(0.4, 0.3))
 
 
 def test_the_global_clip_is_torchs():
