@@ -7,10 +7,16 @@ lost or stands still, start the same command again. torchrun itself always ends 
 
 from __future__ import annotations
 
-from . import bench_commands, data_commands, run_commands
+from . import bench_commands, data_commands, look_commands, run_commands
 from .commands import main
 
-__all__ = ["bench_commands", "data_commands", "main", "run_commands"]  # importing them is what adds their commands
+__all__ = [
+    "bench_commands",
+    "data_commands",
+    "look_commands",
+    "main",
+    "run_commands",
+]  # importing them is what adds their commands
 
 if __name__ == "__main__":
     main()

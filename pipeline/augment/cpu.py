@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,7 +25,9 @@ from ..slabs import Slabs
 from . import DecodeError, kernels
 from .colour import MEAN, STD, colour_matrices
 from .jpeg import Pixels
-from .strong_forms import StrongForms
+
+if TYPE_CHECKING:
+    from .strong_forms import StrongForms
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 DECODED, STRENGTHENED = 0, 1  # for profiles: no crop at all, or only what a strong form does before the cut
@@ -34,13 +36,21 @@ _TO_BITS = {torch.float16: kernels.to_half, torch.bfloat16: kernels.to_bfloat}
 
 
 class _Worker:
-    """What one thread needs for itself: memory for an image, for blurred crops, and for crops of another dtype."""
+    """What one thread needs for itself: memory for an image, its strong forms, blurred crops, and another dtype's."""
 
     def __init__(self, plan: Plan) -> None:
         most = max(view.size for view in plan.views)
         self.pixels = Pixels(kernels.SLACK)
         self.scratch = np.empty(3 * most * most + 1, np.float32)
         self.wide = np.empty(max(3 * view.count * view.size**2 for view in plan.views), np.float32)
+        self.strong: Callable[[Draws, int, NDArray[np.uint8]], StrongForms] | None = None
+        if plan.strong.any():
+            # Only here: the first process on a machine compiles its loops for a quarter of a minute.
+            from .strengthen import Room
+            from .strong_forms import StrongForms
+
+            room = Room(kernels.SLACK)
+            self.strong = lambda draws, slot, pixels: StrongForms(plan, draws, slot, pixels, room)
 
 
 @dataclass
@@ -153,7 +163,7 @@ class CpuExecutor:
         boxes, colours, threshold = job.boxes[slot], job.colours[slot], job.threshold[slot]
         mirrored, sigma = job.mirrored[slot], job.sigma[slot]
         direct = self.dtype == torch.float32
-        strong = StrongForms(self.plan, job.draws, slot, pixels) if self.plan.strong.any() else None
+        strong = worker.strong and worker.strong(job.draws, slot, pixels)
         for v, (owner, copy, size, cubic) in enumerate(self._crops):
             target = job.views[owner][slot, copy]
             out = target if direct else worker.wide[: target.size].reshape(target.shape)

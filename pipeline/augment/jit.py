@@ -16,6 +16,7 @@ from numba.core import config
 # A product and a sum may become one instruction, the sign of zero is nobody's business; sums keep their order, or
 # the same crop would come out otherwise on another machine for no reason.
 _HOW: dict[str, Any] = {"nogil": True, "fastmath": {"contract", "nsz"}, "error_model": "numpy", "boundscheck": False}
+_EXACTLY: dict[str, Any] = _HOW | {"fastmath": False}
 
 
 def compiled(signature: str, *, exact: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -23,7 +24,7 @@ def compiled(signature: str, *, exact: bool = False) -> Callable[[Callable[..., 
 
     exact: every product is rounded by itself, for arithmetic that has to be NumPy's to the bit.
     """
-    how: dict[str, Any] = _HOW | ({"fastmath": False} if exact else {})
+    how = _EXACTLY if exact else _HOW
 
     def make(function: Callable[..., Any]) -> Callable[..., Any]:
         # Four values side by side (a pixel's colours) become one vector only with this, which Numba leaves off.
@@ -44,3 +45,8 @@ def compiled(signature: str, *, exact: bool = False) -> Callable[[Callable[..., 
 def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator: a part of compiled functions, compiled with them."""
     return numba.njit(**_HOW)(function)
+
+
+def exactly_inlined(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for parts of those that are `exact`: how products are rounded is said for each of them."""
+    return numba.njit(**_EXACTLY)(function)

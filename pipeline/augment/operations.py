@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ..strong import GEOMETRIC, NONE, OPERATIONS
 
 FILL = (124, 116, 104)  # what comes in from outside of the image: ImageNet's mean, as Mugs and timm round it
+ROUNDED = 1 << 23  # half of a 256th of a pixel, see `fixed`
 
 Pixels = NDArray[np.uint8]  # [H, W, 3]
 _LEVELS = np.arange(256)
@@ -84,26 +85,35 @@ def smooth(image: Pixels) -> Pixels:
     return out
 
 
+def fixed(warp: NDArray[np.float64]) -> NDArray[np.int64]:
+    """A warp in 2**-32 of a pixel, moved by ROUNDED so that cutting a coordinate to 256ths rounds it: int64 [2, 3]."""
+    whole = np.rint(warp * 2.0**32).astype(np.int64)
+    whole[:, 2] += ROUNDED
+    return whole
+
+
 def warped(image: Pixels, warp: NDArray[np.float64]) -> Pixels:
     """The image after all of its operations on places, as large as before: uint8 [H, W, 3].
 
-    warp [2, 3] maps a pixel to the source pixel that it shows (Draws.warp). Bilinear between the four source pixels
-    around it, rounded (PIL truncates); what lies outside of the image gets FILL, with a hard edge, as in PIL.
+    warp [2, 3] maps a pixel to the source pixel that it shows (Draws.warp), to a 256th of a pixel. Bilinear between the
+    four source pixels around it, rounded (PIL truncates); what lies outside of the image gets FILL, with a hard edge,
+    as in PIL. All of it is whole numbers, so that every machine gives the same.
     """
     height, width = image.shape[:2]
     y, x = np.mgrid[:height, :width]
-    source_x = warp[0, 0] * x + warp[0, 1] * y + warp[0, 2]
-    source_y = warp[1, 0] * x + warp[1, 1] * y + warp[1, 2]
-    inside = (source_x >= -0.5) & (source_x < width - 0.5) & (source_y >= -0.5) & (source_y < height - 0.5)
-    left, top = np.floor(source_x).astype(int), np.floor(source_y).astype(int)
-    right_share, low_share = (source_x - left)[..., None], (source_y - top)[..., None]
+    (xx, xy, xt), (yx, yy, yt) = fixed(warp)
+    source_x, source_y = xx * x + xy * y + xt, yx * x + yy * y + yt
+    first, wide, high = ROUNDED - (1 << 31), width << 32, height << 32
+    inside = (source_x >= first) & (source_x < wide + first) & (source_y >= first) & (source_y < high + first)
+    left, top = source_x >> 32, source_y >> 32
+    right_share, low_share = (source_x >> 24 & 255)[..., None], (source_y >> 24 & 255)[..., None]
 
-    def at(rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.uint8]:
-        return image[rows.clip(0, height - 1), columns.clip(0, width - 1)]
+    def at(rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.int64]:
+        return image[rows.clip(0, height - 1), columns.clip(0, width - 1)].astype(np.int64)
 
-    upper = at(top, left) * (1 - right_share) + at(top, left + 1) * right_share
-    lower = at(top + 1, left) * (1 - right_share) + at(top + 1, left + 1) * right_share
-    shown = np.rint(upper * (1 - low_share) + lower * low_share)
+    upper = at(top, left) * (256 - right_share) + at(top, left + 1) * right_share
+    lower = at(top + 1, left) * (256 - right_share) + at(top + 1, left + 1) * right_share
+    shown = (upper * (256 - low_share) + lower * low_share + 0x8000) >> 16
     return np.where(inside[..., None], shown, FILL).astype(np.uint8)
 
 

@@ -7,9 +7,8 @@ from numpy.typing import NDArray
 
 from ..draws import COLUMNS, Draws, Plan
 from .colour import MEAN, STD
-from .kernels import SLACK
 from .noise import noise_tile
-from .strengthen import Rect, Strengthened
+from .strengthen import Rect, Room, Strengthened
 
 _OP1, _ARG1, _OP2, _ARG2 = (COLUMNS.index(name) for name in ("op1", "arg1", "op2", "arg2"))
 _ERASED = slice(COLUMNS.index("erase_x0"), COLUMNS.index("erase_y1") + 1)
@@ -19,27 +18,27 @@ Source = tuple[NDArray[np.uint8], int, int, NDArray[np.float64]]  # rows and sla
 
 
 class StrongForms:
-    """The crops of the image in `slot`, whose decoded rows are `pixels`. `changed` [V]: cut of another image."""
+    """The crops of the image in `slot`, whose decoded rows are `pixels`. `changed` [V]: cut of another image.
 
-    def __init__(self, plan: Plan, draws: Draws, slot: int, pixels: NDArray[np.uint8]) -> None:
+    room: with kernels.SLACK bytes of slack, of the thread.
+    """
+
+    def __init__(self, plan: Plan, draws: Draws, slot: int, pixels: NDArray[np.uint8], room: Room) -> None:
         self._plan, self._params = plan, draws.params[slot]
         self.changed = ((self._params[:, _OP1] > 0) | (self._params[:, _OP2] > 0)).tolist()
         self._warp = draws.warp[slot] if any(self.changed) else None
         width, height = draws.sizes[slot].tolist()
-        self._image = Strengthened(pixels[: height * width * 3].reshape(height, width, 3))
+        self._image = Strengthened(pixels[: height * width * 3].reshape(height, width, 3), room)
 
     def source(self, v: int, size: int, cubic: bool) -> Source:
-        """What crop v is cut of: the part of the strengthened image that it and its filter see."""
+        """What crop v is cut of: the part of the strengthened image that it and its filter see, until the next one."""
         p = self._params[v]
         box = p[:4].astype(np.float64)
         seen = _seen(box, size, 2 if cubic else 1, self._image.whole)
         assert self._warp is not None
         chain = [(int(p[_OP1]), float(p[_ARG1])), (int(p[_OP2]), float(p[_ARG2]))]
         part = self._image.part(chain, self._warp[v], seen)
-        height, width = part.shape[:2]
-        rows = np.zeros(height * width * 3 + SLACK, np.uint8)
-        rows[: height * width * 3].reshape(part.shape)[:] = part
-        return rows, width, height, box - (seen[0], seen[1], seen[0], seen[1])
+        return part.memory, part.width, part.height, box - (seen[0], seen[1], seen[0], seen[1])
 
     def erase(self, v: int, out: NDArray[np.float32]) -> None:
         """Noise in the drawn box of a normalised crop, float32 [3, H, W]; none if none is drawn."""

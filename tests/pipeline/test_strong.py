@@ -99,7 +99,6 @@ def test_what_cannot_be_carried_out_is_refused():
     Plan([View.model_validate({"name": "s", "size": 640, "strong": {"erase": 0}})])
 
 
-
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**63), chosen=st.lists(st.integers(0, 59), min_size=1, max_size=20))
 def test_draws_do_not_depend_on_the_batch(seed: int, chosen: list[int]):
