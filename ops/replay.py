@@ -28,6 +28,7 @@ from .capture import FOLDER
 from .checkpoint import FINE, WHAT, CheckpointError, Saved
 from .findings import Finding, Replay, ranks_text
 from .inputs import Inputs
+from .launch import flushing
 from .networks import build_mixture, saved_networks
 from .progress import Meter
 from .recipe import Recipe, RecipeError, parse_recipe
@@ -74,7 +75,7 @@ def replay(path: Path, ranks: Collection[int] = (), progress: Callable[[int, int
     tensors = {f"{who}.{name}": t for who, net in networks.items() for name, t in net.state_dict().items()}
     again.state = [name for name, t in (tensors | mixture.state()).items() if not _finite(t)]
     chosen = sorted(ranks) or list(range(world))
-    with _flushing():
+    with flushing():
         for done, rank in enumerate(chosen):
             if progress:
                 progress(done, len(chosen))
@@ -181,17 +182,6 @@ def _one(
     finding.gradients = [name for name, gradient in gradients if not _finite(gradient)]
     finding.parameters = len(gradients)
     return finding
-
-
-@contextmanager
-def _flushing() -> Iterator[None]:
-    """Numbers below 1e-38 are 0, as in training, where what divides by them is not finite."""
-    before = bool(torch.tensor(1e-40) * 1.0 == 0.0)
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(before)
 
 
 @contextmanager

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 
 from ..pipeline.loader import Batch, Loader
 from ..shards.errors import GristmillError
 from .capture import capture
 from .checkpoint import CheckpointError
 from .evaluate.online import OnlineProbes
-from .launch import join, leave
+from .launch import flushing, join, leave
 from .lost import Crew
 from .monitor.exporter import Exporter
 from .monitor.metrics import Metrics
@@ -54,9 +53,11 @@ class Ending:
 
 def train(recipe: Recipe, folder: Path, *, quiet: bool = False) -> Ending:
     """Train `recipe` in the run folder, or go on where its newest checkpoint stands."""
-    # Sharp softmaxes are full of numbers below 1e-38, on which CPUs are a hundred times slower than on zeros. Set here
-    # and not where a group is joined, since it holds for everything else in the process, too.
-    torch.set_flush_denormal(True)
+    with flushing():
+        return _train(recipe, folder, quiet)
+
+
+def _train(recipe: Recipe, folder: Path, quiet: bool) -> Ending:
     rank, world, device = join()
     crew = Crew(rank, world)
     asked, before = _listen()

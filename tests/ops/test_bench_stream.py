@@ -1,6 +1,7 @@
 """The benchmark of readers compares like with like: all of them read the same images, and what is missing is named."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,9 @@ def read(root: Path):
     for order, threads in (("shuffled", 2), ("sequential", 2), ("shuffled", 1)):
         readers.reader_of(root, order, threads).close()
     readers.reader_of.cache_clear()
+    for handle in {handle for handle, *_ in readers._places(root)[0]}:
+        os.close(handle)
+    readers._places.cache_clear()
 
 
 def test_ours_and_webdataset_read_the_same_images(root: Path, read) -> None:
