@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from PIL import ImageFilter
+from PIL import Image, ImageFilter
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
@@ -37,6 +37,21 @@ class PilBlur:
 
     def __call__(self, image: Any) -> Any:
         return image.filter(ImageFilter.GaussianBlur(random.uniform(*self.sigma)))
+
+
+class PilRandAugment:
+    """timm's. At magnitude 10 it asks Posterize to keep no bit, which Pillow refuses since 13; before, it gave black."""
+
+    def __init__(self) -> None:
+        self.transform = rand_augment_transform("rand-m9-mstd0.5-inc1", {"img_mean": _FILL})
+
+    def __call__(self, image: Any) -> Any:
+        try:
+            return self.transform(image)
+        except ValueError as error:
+            if "bits" not in str(error):
+                raise
+            return Image.new("RGB", image.size)
 
 
 def crops_of_pil(views: Sequence[View]) -> Crops:
@@ -82,7 +97,7 @@ def _pil_strong(view: View) -> Any:
     return v1.Compose(
         [
             v1.RandomHorizontalFlip(view.augment.flip),
-            rand_augment_transform("rand-m9-mstd0.5-inc1", {"img_mean": _FILL}),
+            PilRandAugment(),
             v1.RandomResizedCrop(view.size, view.scale, view.ratio, v1.InterpolationMode(view.filter)),
             v1.ToTensor(),
             v1.Normalize(MEAN, STD),

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 from gristmill.ops.bench import views as bench
+from gristmill.ops.bench.croppers import PilRandAugment
 from gristmill.shards.demo import make_demo_images
 from gristmill.shards.engine import ingest
+from PIL import Image, ImageOps
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +55,14 @@ def test_the_figures_as_json(root: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert "no such loader" in missing["missing"]
     assert list(found["profile_us"])[:2] == ["draw", "decode"]
     assert all(value >= 0 for value in found["profile_us"].values())
+
+
+def test_pillow_may_refuse_to_keep_no_bits() -> None:
+    """timm's RandAugment asks for it at magnitude 10; any other error is one."""
+    augment = PilRandAugment()
+    image = Image.new("RGB", (8, 6), (200, 100, 50))
+    augment.transform = lambda image: ImageOps.posterize(image, 0)
+    assert augment(image).getextrema() == ((0, 0),) * 3
+    augment.transform = lambda image: image.resize((0, -1))
+    with pytest.raises(ValueError, match="height"):
+        augment(image)
