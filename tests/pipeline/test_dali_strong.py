@@ -15,8 +15,8 @@ from gristmill.pipeline.views import View
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from .photographs import jpegs, photographs
 from .test_dali import encode, in_levels, picture, some
+from .textures import jpegs, textures
 
 PLAN = Plan(
     [
@@ -43,7 +43,7 @@ def executor() -> DaliExecutor:
 @pytest.fixture(scope="module")
 def batch() -> tuple[list[np.ndarray], Draws]:
     data = [np.frombuffer(jpeg, np.uint8) for jpeg in jpegs()] * (BATCH // 4)
-    sizes = np.array([image.shape[1::-1] for image in photographs()] * (BATCH // 4))
+    sizes = np.array([image.shape[1::-1] for image in textures()] * (BATCH // 4))
     return data, draw(PLAN, 3, np.arange(BATCH), sizes)
 
 

@@ -1,4 +1,4 @@
-"""Every operation of RandAugment against PIL's and timm's on photographs, to the last bit where pixels stay in place."""
+"""Every operation of RandAugment against PIL's and timm's on textured pictures, to the last bit where pixels stay in place."""
 
 import math
 
@@ -11,7 +11,7 @@ from gristmill.pipeline.strong import GEOMETRIC, NUMBER, warp_maps
 from PIL import Image
 from timm.data.auto_augment import NAME_TO_OP
 
-from .photographs import photographs
+from .textures import textures
 
 TIMMS = {"Posterize": "PosterizeIncreasing", "Solarize": "SolarizeIncreasing"} | {
     name: f"{name}Increasing" for name in ("Color", "Contrast", "Brightness", "Sharpness")
@@ -52,10 +52,10 @@ def ours(image: np.ndarray, *steps: tuple[str, float]) -> np.ndarray:
 @pytest.mark.parametrize(("name", "argument"), [case for case in CASES if NUMBER[case[0]] not in GEOMETRIC])
 def test_operations_on_pixels_are_pils_bit_for_bit(name: str, argument: float):
     for image in [
-        *photographs(),
+        *textures(),
         np.full((9, 9, 3), 77, np.uint8),
-        photographs()[0][:2, :3],
-        photographs()[0] // 8 + 90,
+        textures()[0][:2, :3],
+        textures()[0] // 8 + 90,
     ]:
         expected = timms(image, name, argument, Image.Resampling.BILINEAR)
         assert np.array_equal(apply(NUMBER[name], argument, image), expected)
@@ -68,7 +68,7 @@ def test_operations_on_pixels_are_pils_bit_for_bit(name: str, argument: float):
 @pytest.mark.parametrize(("name", "argument"), [case for case in CASES if NUMBER[case[0]] in GEOMETRIC])
 def test_operations_on_places_are_pils_bilinear(name: str, argument: float):
     """Every pixel within a level, since PIL truncates and we round; the fill comes in at the same pixels."""
-    for image in photographs():
+    for image in textures():
         expected = timms(image, name, argument, Image.Resampling.BILINEAR).astype(float)
         assert set(np.unique(ours(image, (name, argument)) - expected)) <= {0.0, 1.0}
 
@@ -79,7 +79,7 @@ def test_bicubic_which_timm_takes_half_the_time_differs_by_this_much():
         for argument in ARGUMENTS[name]:
             far = [
                 np.abs(ours(image, (name, argument)) - timms(image, name, argument, Image.Resampling.BICUBIC)).mean()
-                for image in photographs()
+                for image in textures()
             ]
             assert np.mean(far) < 2.5
 
@@ -91,8 +91,8 @@ def one_after_another(image: np.ndarray, first: tuple[str, float], second: tuple
 
 
 def apart(first: tuple[str, float], second: tuple[str, float]) -> float:
-    """Mean difference in levels of 255 over the photographs."""
-    both = [(ours(image, first, second), one_after_another(image, first, second)) for image in photographs()]
+    """Mean difference in levels of 255 over the textures."""
+    both = [(ours(image, first, second), one_after_another(image, first, second)) for image in textures()]
     return float(np.mean([np.abs(mine - theirs).mean() for mine, theirs in both]))
 
 
@@ -138,7 +138,7 @@ def test_two_warps_in_one_pass_differ_where_one_brings_back_what_the_other_moved
 
 
 def test_the_fill_is_treated_as_the_pixels_beside_it():
-    image = photographs()[0]
+    image = textures()[0]
     far = ours(image, ("TranslateXRel", 0.45), ("Invert", 0))
     assert far[:, -1].tolist() == [[255.0 - value for value in FILL]] * len(image)
     assert (ours(image, ("Invert", 0), ("TranslateXRel", 0.45))[:, -1] == FILL).all()
@@ -147,7 +147,7 @@ def test_the_fill_is_treated_as_the_pixels_beside_it():
 
 def test_mirrored_crops_see_the_operation_after_the_mirror():
     """Mirror, then rotate, as Mugs does; our image stays as it is and the crop is mirrored at the end."""
-    image = photographs()[1]
+    image = textures()[1]
     for step in [("Rotate", 20.0), ("ShearY", 0.2137), ("ShearX", -0.2137), ("TranslateXRel", 0.2)]:
         theirs = ours(np.ascontiguousarray(image[:, ::-1]), step)[:, ::-1]
         mine = strengthened(image, (NUMBER[step[0]], 0), (step[1], 0.0), warp_of(image, step, flip=True))

@@ -13,7 +13,7 @@ from PIL import Image
 from timm.data.auto_augment import NAME_TO_OP
 from torchvision.transforms.v2 import InterpolationMode, functional
 
-from .photographs import jpegs, photographs
+from .textures import jpegs, textures
 
 BICUBIC = InterpolationMode.BICUBIC
 NEUTRAL = dict(zip(COLUMNS, [0, 0, 1, 1, 0, 1, 1, 1, 0, 0, 0, NEVER, *[0] * 11], strict=True))
@@ -21,7 +21,7 @@ NEUTRAL = dict(zip(COLUMNS, [0, 0, 1, 1, 0, 1, 1, 1, 0, 0, 0, NEVER, *[0] * 11],
 
 def test_bicubic_is_torchvisions_and_pils():
     """To 1/1000 of a level in float, inside of the crop; PIL's uint8 rounds and cuts between its two passes."""
-    image = photographs()[0]
+    image = textures()[0]
     planes = torch.from_numpy(image.astype(float)).movedim(-1, 0)
     for (x0, y0, x1, y1), size in [((20, 10, 170, 140), 48), ((40, 50, 60, 75), 48), ((0, 0, 200, 150), 64)]:
         ours = resize(image.astype(float), (x0, y0, x1, y1), size, "bicubic")
@@ -35,7 +35,7 @@ def test_bicubic_is_torchvisions_and_pils():
 
 
 def test_filters_differ():
-    image = photographs()[0].astype(float)
+    image = textures()[0].astype(float)
     box = (20, 10, 170, 140)
     assert np.abs(resize(image, box, 48, "bicubic") - resize(image, box, 48)).mean() > 1
     for filter in ("bilinear", "bicubic"):
@@ -54,7 +54,7 @@ def test_strong_crops_are_pils_and_timms(filter: str):
     view = View.model_validate(
         {"name": "s", "count": 8, "size": 40, "filter": filter, "weak_p": 0, "strong": strong, "scale": (0.2, 0.9)}
     )
-    plan, images = Plan([view]), photographs() * 3
+    plan, images = Plan([view]), textures() * 3
     sizes = np.array([image.shape[1::-1] for image in images])
     draws = draw(plan, 4, np.arange(len(images)), sizes)
     data = [np.frombuffer(jpeg, np.uint8) for jpeg in jpegs() * 3]
@@ -90,7 +90,7 @@ def test_strong_crops_are_pils_and_timms(filter: str):
 def erased(raw: bool, **changes: float) -> np.ndarray:
     box = {"erase_x0": 3, "erase_y0": 5, "erase_x1": 13, "erase_y1": 9, "noise_x": 100, "noise_y": 50}
     params = np.array(list((NEUTRAL | {"x1": 40, "y1": 30, "strong": 1} | box | changes).values()), np.float32)
-    return crop(photographs()[0].astype(float), 24, params, raw_noise=raw)
+    return crop(textures()[0].astype(float), 24, params, raw_noise=raw)
 
 
 def test_erasing_puts_noise_into_the_box_and_nowhere_else():

@@ -24,6 +24,6 @@ def jpegs() -> tuple[bytes, ...]:
     return tuple(encoded)
 
 
-def photographs() -> list[np.ndarray]:
+def textures() -> list[np.ndarray]:
     """The same, decoded: uint8 [H, W, 3] each."""
     return [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in jpegs()]
