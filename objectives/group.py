@@ -15,8 +15,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from .centre import Centred
 from .koleo import koleo
-from .memory import check_state
 from .protocol import Outcome, StepInfo
 from .prototypes import Targets, group_cross_entropy, teacher_targets
 from .sinkhorn import sinkhorn_offsets
@@ -75,7 +75,7 @@ class GroupConfig(BaseModel):
         return warm_temperature(self.teacher_temperature, self.warmup, progress, self.epochs)
 
 
-class GroupObjective:
+class GroupObjective(Centred):
     """Cross-entropy on the outputs "group": student logits [C*B, K], teacher logits [G*B, K], crop-major.
 
     With KoLeo also on the student's "class_token" [C*B, d].
@@ -91,14 +91,8 @@ class GroupObjective:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
+        super().__init__(prototypes, config.center_momentum, dtype=dtype, device=device)
         self.config = config
-        self.center = torch.zeros(1, prototypes, dtype=dtype, device=device)
-
-    def context(self) -> dict[str, Tensor]:
-        return {}
-
-    def teacher_context(self) -> dict[str, Tensor]:
-        return {}
 
     def loss(self, student: dict[str, Tensor], teacher: dict[str, Tensor], info: StepInfo) -> Outcome:
         """Carries the mean of this rank's teacher logits [1, K] for the centre. ValueError when shapes disagree.
@@ -157,16 +151,3 @@ class GroupObjective:
             gather=info.gather,
         )
         return teacher_targets(rows + offsets.view_as(rows) * temperature, torch.zeros_like(self.center), temperature)
-
-    def commit(self, outcome: Outcome) -> None:
-        """Move the centre towards the mean over the ranks, which bring equal numbers of rows."""
-        mean = outcome.commit["mean"].mean(0, keepdim=True)
-        momentum = self.config.center_momentum
-        self.center = self.center * momentum + mean * (1 - momentum)
-
-    def state(self) -> dict[str, Tensor]:
-        return {"center": self.center.clone()}
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        check_state(self.name, state, {"center": self.center})
-        self.center = state["center"].to(self.center.device, copy=True, memory_format=torch.contiguous_format)

@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from .memory import check_state
+from .centre import Centred
 from .protocol import Outcome, StepInfo
 from .prototypes import teacher_targets
 from .temperature import warm_temperature
@@ -40,7 +40,7 @@ class PatchConfig(BaseModel):
         return warm_temperature(self.teacher_temperature, self.warmup, max(0.0, progress - self.start), self.epochs)
 
 
-class PatchObjective:
+class PatchObjective(Centred):
     """Cross-entropy on the outputs "patch": logits of the M hidden patches [M, K] of both networks, in one order.
 
     The teacher's "patch_mean" [1, K] moves the centre. `StepInfo.masks` says which patch belongs to which crop.
@@ -56,14 +56,8 @@ class PatchObjective:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
+        super().__init__(prototypes, config.center_momentum, dtype=dtype, device=device)
         self.config = config
-        self.center = torch.zeros(1, prototypes, dtype=dtype, device=device)
-
-    def context(self) -> dict[str, Tensor]:
-        return {}
-
-    def teacher_context(self) -> dict[str, Tensor]:
-        return {}
 
     def loss(self, student: dict[str, Tensor], teacher: dict[str, Tensor], info: StepInfo) -> Outcome:
         """Carries the mean of the teacher's patch logits [1, K]. ValueError when masks, views or outputs do not fit."""
@@ -113,19 +107,6 @@ class PatchObjective:
                 f"objective {self.name}: masks [{info.teacher_crops * info.batch}, h, w] are wanted, there are {found}"
             )
         return info.masks.cpu().flatten(1).sum(1)
-
-    def commit(self, outcome: Outcome) -> None:
-        """Move the centre towards the mean over the ranks, which bring equal numbers of patches."""
-        mean = outcome.commit["mean"].mean(0, keepdim=True)
-        momentum = self.config.center_momentum
-        self.center = self.center * momentum + mean * (1 - momentum)
-
-    def state(self) -> dict[str, Tensor]:
-        return {"center": self.center.clone()}
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        check_state(self.name, state, {"center": self.center})
-        self.center = state["center"].to(self.center.device, copy=True, memory_format=torch.contiguous_format)
 
 
 def patch_cross_entropy_reference(student: Tensor, teacher: Tensor, masks: Tensor, *, temperature: float) -> Tensor:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from .pictures import CONFIG, N, assert_equal, collect, load, ours, part
-from .test_dali import BROKEN, KINDS, batch_of, encode, in_levels, picture, some
+from .test_dali import BROKEN, KINDS, assert_damage_is_named, batch_of, encode, in_levels, picture, some
 
 GLOBAL = View(name="global", count=2, size=48)
 LOCAL = View.model_validate({"name": "local", "count": 4, "size": 24, "scale": (0.05, 0.25), "augment": "weak-local"})
@@ -152,17 +152,7 @@ def test_images_that_do_not_decode_are_named_and_cost_the_others_nothing(
 ):
     data, draws = batch
     executor = CpuExecutor(PLAN, threads=threads)
-    damaged = list(data)
-    for slot in (0, 9, 23):
-        damaged[slot] = BROKEN[how](data[1])
-    for _ in range(2):
-        with pytest.raises(DecodeError, match="slots 0, 9, 23") as caught:
-            executor.run(damaged, draws)
-        assert caught.value.bad == [0, 9, 23]
-    for slot in caught.value.bad:
-        damaged[slot] = data[slot]
-    again = executor.run(damaged, draws)
-    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    assert_damage_is_named(executor, data, draws, whole, how)
     executor.close()  # what was raised still leads to it
 
 
