@@ -109,6 +109,6 @@ def _foreign(path: Path, message: str) -> list[str]:
     """Globals beyond the allowed ones that a pickle names; only the first where the file is older than zip archives."""
     try:
         found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:
+    except Exception:  # as above; it only reads zip archives, and the file is refused in any case
         found = []
     return sorted(found) or re.findall(r"GLOBAL ([\w.]+)", message)[:1]

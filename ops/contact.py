@@ -7,7 +7,6 @@ one picture. An executor that cannot carry the views out is a finding, not an er
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import tempfile
@@ -30,7 +29,7 @@ from ..pipeline.reader import Reader
 from ..pipeline.standalone import open_sources
 from ..pipeline.stream import Stream
 from ..pipeline.views import StreamConfig, View
-from ..shards.errors import GristmillError
+from ..shards.errors import GristmillError, nearest
 from ..shards.quarantine import Quarantine
 from .recipe import RECIPES, load_recipe
 
@@ -107,8 +106,7 @@ def found_views(name: str) -> tuple[list[View], StreamConfig | None]:
         return recipe.views, recipe.stream
     if Path(name).suffix in (".yaml", ".yml"):
         raise ContactError(f"no recipe {name!r}: there is no such file")
-    near = difflib.get_close_matches(name, [*GROUPS, *shipped], n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    hint = nearest(name, [*GROUPS, *shipped])
     raise ContactError(
         f"no recipe and no set of views {name!r}: {hint}sets are {', '.join(GROUPS)}; recipes {', '.join(shipped)}, "
         "or a YAML file"

@@ -11,12 +11,11 @@ that they cover all that the installed DeepSpeed reads.
 from __future__ import annotations
 
 import copy
-import difflib
 from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
-from ..shards.errors import GristmillError
+from ..shards.errors import GristmillError, nearest
 from .launch import quiet_deepspeed
 
 WHERE = "engine.deepspeed"
@@ -223,6 +222,5 @@ def _names(given: dict[str, Any], prefix: str, free: set[str], aliases: dict[str
             documented = {name: alias for alias, name in aliases.items()}
             shown = sorted(documented.get(name, name) for name in free)
             refused = [path.removeprefix(prefix) for path in REFUSED if path.startswith(prefix)]
-            near = difflib.get_close_matches(str(key), [*shown, *sorted(free), *refused], n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"free to set are {', '.join(shown)}"
+            hint = nearest(key, [*shown, *sorted(free), *refused]).strip() or f"free to set are {', '.join(shown)}"
             raise DeepSpeedConfigError(f"{WHERE}.{prefix}{key}: DeepSpeed has no such key; {hint}")

@@ -8,7 +8,6 @@ length of the schedules, so that a recipe keeps its shape when it is shortened.
 
 from __future__ import annotations
 
-import difflib
 import re
 import typing
 from pathlib import Path
@@ -23,7 +22,7 @@ from ..objectives import GroupConfig, InstanceConfig, LocalGroupConfig, PatchCon
 from ..pipeline.groups import named_views
 from ..pipeline.masks import MaskConfig
 from ..pipeline.views import StreamConfig, View
-from ..shards.errors import GristmillError
+from ..shards.errors import GristmillError, nearest
 from .fitting import check_objectives
 from .guard import GuardConfig
 from .optimizers import OptimizerConfig
@@ -267,8 +266,7 @@ def load_recipe(source: str | Path, overrides: typing.Sequence[str] = (), tiny: 
         path = RECIPES / f"{source}.yaml"
     if not path.is_file():
         shipped = sorted(p.stem for p in RECIPES.glob("*.yaml"))
-        near = difflib.get_close_matches(str(source), shipped, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = nearest(source, shipped)
         raise RecipeError(f"no recipe {str(source)!r}: {hint}shipped are {', '.join(shipped)}, or give a YAML file")
     try:
         tree = yaml.safe_load(path.read_text())
@@ -376,8 +374,7 @@ def _explain(error: Any) -> str:
         message = error["msg"].removeprefix("Value error, ")
         return f"{where}: {message}" if where else message
     fields = _fields(Recipe, loc[:-1])
-    near = difflib.get_close_matches(str(loc[-1]), fields, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(fields)}"
+    hint = nearest(loc[-1], fields).strip() or f"known here: {', '.join(fields)}"
     return f"{where}: unknown key; {hint}"
 
 

@@ -8,10 +8,11 @@ and "moco" MoCo's (main_moco.py with and without --aug-plus), "simclr" Chen et a
 
 from __future__ import annotations
 
-import difflib
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from ..shards.errors import nearest
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 
@@ -65,8 +66,7 @@ class Augment(BaseModel):
             return value
         name, own = value["preset"], {key: entry for key, entry in value.items() if key != "preset"}
         if name not in cls.presets:
-            near = difflib.get_close_matches(str(name), cls.presets, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            hint = nearest(name, cls.presets)
             raise ValueError(f"no augmentation {name!r}: {hint}there are {', '.join(cls.presets)}")
         return cls.presets[name] | own
 

@@ -10,8 +10,9 @@ first.
 from __future__ import annotations
 
 import copy
-import difflib
 from typing import Any
+
+from ..shards.errors import nearest
 
 # facebookresearch/dino, main_dino.py: both networks see the global crops, the student sees all.
 _GLOBAL = {"name": "global", "count": 2, "size": 224, "filter": "bicubic", "augment": "weak"}
@@ -70,7 +71,6 @@ GROUPS: dict[str, list[dict[str, Any]]] = {
 def named_views(name: str) -> list[dict[str, Any]]:
     """The set of views of this name, as a recipe would spell it out; ValueError names the nearest one there is."""
     if name not in GROUPS:
-        near = difflib.get_close_matches(name, GROUPS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = nearest(name, GROUPS)
         raise ValueError(f"no set of views {name!r}: {hint}there are {', '.join(GROUPS)}, or give a list of views")
     return copy.deepcopy(GROUPS[name])

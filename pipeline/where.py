@@ -11,7 +11,6 @@ with a missing value is unknown, as in SQL (Kleene's logic), and unknown rows ar
 from __future__ import annotations
 
 import ast
-import difflib
 import math
 import warnings
 from collections.abc import Callable
@@ -22,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..shards.errors import GristmillError
+from ..shards.errors import GristmillError, nearest
 
 MAX_TEXT = 2000  # characters
 
@@ -199,8 +198,7 @@ class Where:
     def _column(self, node: ast.Name) -> _Part:
         name = node.id
         if name not in self._schema.names:
-            near = difflib.get_close_matches(name, self._schema.names, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            hint = nearest(name, self._schema.names, cutoff=0.4)
             raise WhereError(
                 f"where: there is no column {name!r}: {hint}The manifest has {', '.join(self._schema.names)}"
             )

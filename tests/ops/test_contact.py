@@ -25,7 +25,7 @@ from gristmill.shards.engine import ingest
 from gristmill.shards.manifest import Manifest
 from PIL import Image
 
-from ..pipeline.photographs import jpegs
+from ..pipeline.textures import jpegs
 from .test_report import HOSTILE, Page
 
 RECIPE = """
