@@ -7,7 +7,6 @@ and `Quarantine` are what a data set's probes and its reader keep beside it, `To
 
 from .blob import Blob, LocalBlob
 from .cache import Cache, CacheError
-from .engine import IngestError, IngestReport, ingest
 from .errors import GristmillError
 from .foreign import index_dataset
 from .images import CheckedImage, ImageError, check_image
@@ -18,8 +17,6 @@ from .mirror import open_manifest
 from .quarantine import Quarantine, QuarantineError
 from .remote import open_blob
 from .retry import RetryPolicy, StorageError
-from .sources import Candidate, SourceError, find_images
-from .tars import TarsError
 from .tombstones import TombstoneError, Tombstones
 from .verify import Finding, verify
 from .writer import ManifestWriter, write_manifest
@@ -28,13 +25,10 @@ __all__ = [
     "Blob",
     "Cache",
     "CacheError",
-    "Candidate",
     "CheckedImage",
     "Finding",
     "GristmillError",
     "ImageError",
-    "IngestError",
-    "IngestReport",
     "Labels",
     "LabelsError",
     "LocalBlob",
@@ -46,16 +40,12 @@ __all__ = [
     "RetryPolicy",
     "Rows",
     "ShardError",
-    "SourceError",
     "StorageError",
-    "TarsError",
     "TombstoneError",
     "Tombstones",
     "check_image",
-    "find_images",
     "index_dataset",
     "index_shard",
-    "ingest",
     "open_blob",
     "open_manifest",
     "verify",

@@ -40,8 +40,8 @@ class ImageError(GristmillError):
     """A file that is no image, or a broken one. The message is the bare reason; the caller names the file."""
 
 
-class _OddError(Exception):
-    """The file is not as plain as DALI needs it; the message says in what."""
+class OddError(Exception):
+    """The file is not as plain as DALI needs it; the message says in what, in one of few fixed ways."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ def check_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> CheckedImage:
                 raise ImageError(f"{width} x {height} pixels are over the bound of {max_pixels}")
             image.load()
             try:
-                orientation = {"jpg": _jpeg, "png": _png, "webp": _webp}[kind](data)
-            except (_OddError, struct.error, IndexError) as error:
-                return _reencode(image, data, kind, str(error) or "unusual structure")
+                orientation = plain_orientation(kind, data)
+            except OddError as error:
+                return _reencode(image, data, kind, str(error))
     except (MemoryError, ImageError):
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on broken input
@@ -94,14 +94,34 @@ def check_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> CheckedImage:
     return CheckedImage(data, kind, width, height, crc32(data))
 
 
-def _reencode(image: Image.Image, data: bytes, kind: str, reason: str) -> CheckedImage:
-    orientation = image.getexif().get(0x112, 1)
-    if image.mode.startswith("I"):  # 16 bits of grey: Pillow's conversion would clip, not scale
+def plain_orientation(kind: str, data: bytes) -> int:
+    """Orientation, 1..8, of an image whose structure DALI reads as the standards say; OddError if it may not."""
+    try:
+        return {"jpg": _jpeg, "png": _png, "webp": _webp}[kind](data)
+    except (struct.error, IndexError):
+        raise OddError("unusual structure") from None
+
+
+def in_rgb(image: Image.Image) -> Image.Image:
+    """A decoded picture as RGB of 8 bits: alpha dropped, 16 bits of grey scaled. Itself if it is so already."""
+    if image.mode.startswith("I"):  # Pillow's conversion would clip, not scale
         image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
-    upright = image.convert("RGB")
-    if orientation in _TURNS:
-        upright = upright.transpose(_TURNS[orientation])
-    lossless = kind == "png" or (kind == "webp" and data.find(b"VP8L", 12, 4096) >= 0)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def turned(image: Image.Image, orientation: int) -> Image.Image:
+    """A picture as its EXIF orientation wants it seen."""
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
+
+
+def is_lossless(kind: str, data: bytes) -> bool:
+    """Whether a file of this format keeps its pixels as they were."""
+    return kind == "png" or (kind == "webp" and data.find(b"VP8L", 12, 4096) >= 0)
+
+
+def _reencode(image: Image.Image, data: bytes, kind: str, reason: str) -> CheckedImage:
+    upright = turned(in_rgb(image), image.getexif().get(0x112, 1))
+    lossless = is_lossless(kind, data)
     file = io.BytesIO()
     if lossless:
         upright.save(file, "PNG")
@@ -112,11 +132,11 @@ def _reencode(image: Image.Image, data: bytes, kind: str, reason: str) -> Checke
 
 
 def _jpeg(data: bytes) -> int:
-    """Orientation of a JPEG whose header is plain, else _OddError. Walks the segments up to the first scan."""
+    """Orientation of a JPEG whose header is plain, else OddError. Walks the segments up to the first scan."""
     at, orientation, seen = 2, 1, False
     while True:
         if data[at] != 0xFF:
-            raise _OddError("JPEG with stray bytes between segments")
+            raise OddError("JPEG with stray bytes between segments")
         while data[at] == 0xFF:
             at += 1
         marker, (length,) = data[at], struct.unpack_from(">H", data, at + 1)
@@ -126,37 +146,37 @@ def _jpeg(data: bytes) -> int:
             return orientation
         if marker == 0xE1 and data[body : body + 6] == b"Exif\0\0":
             if seen:
-                raise _OddError("two EXIF blocks")
+                raise OddError("two EXIF blocks")
             orientation, seen = _orientation(data[body + 6 : at]), True
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             precision, components = data[body], data[body + 5]
             if components == 4:
-                raise _OddError("CMYK")
+                raise OddError("CMYK")
             if marker > 0xC2 or precision != 8 or components not in (1, 3):
-                raise _OddError("JPEG of a rare kind")
+                raise OddError("JPEG of a rare kind")
 
 
 def _png(data: bytes) -> int:
-    """Orientation of a PNG whose chunks are whole, else _OddError."""
+    """Orientation of a PNG whose chunks are whole, else OddError."""
     at, orientation, seen = 8, 1, False
     while True:
         if at + 12 > len(data):
-            raise _OddError("PNG without its end")
+            raise OddError("PNG without its end")
         (length,) = struct.unpack_from(">I", data, at)
         name, end = data[at + 4 : at + 8], at + 8 + length
         if data[end : end + 4] != crc32(data[at + 4 : end]).to_bytes(4, "big"):
-            raise _OddError("PNG with a wrong checksum")
+            raise OddError("PNG with a wrong checksum")
         if name == b"IEND":
             return orientation
         if name == b"eXIf":
             if seen:
-                raise _OddError("two EXIF blocks")
+                raise OddError("two EXIF blocks")
             orientation, seen = _orientation(data[at + 8 : end]), True
         at = end + 4
 
 
 def _webp(data: bytes) -> int:
-    """Orientation of a WebP whose chunks DALI can follow, else _OddError."""
+    """Orientation of a WebP whose chunks DALI can follow, else OddError."""
     if data[12:16] != b"VP8X":
         return 1
     at, orientation, seen, odd = 12, 1, 0, False
@@ -168,29 +188,29 @@ def _webp(data: bytes) -> int:
         at += 8 + length + (length & 1)
     flagged = bool(data[20] & 0x08)
     if seen != flagged:
-        raise _OddError("WebP whose EXIF block is not where it says")
+        raise OddError("WebP whose EXIF block is not where it says")
     if seen and odd:
-        raise _OddError("WebP with EXIF and a chunk of odd length")
+        raise OddError("WebP with EXIF and a chunk of odd length")
     return orientation
 
 
 def _orientation(tiff: bytes) -> int:
-    """Orientation, 1..8, from an EXIF block (TIFF, first directory), by the letter of its standard, else _OddError."""
+    """Orientation, 1..8, from an EXIF block (TIFF, first directory), by the letter of its standard, else OddError."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
     if order is None:
-        raise _OddError("damaged EXIF block")
+        raise OddError("damaged EXIF block")
     try:
         (start,) = struct.unpack_from(order + "I", tiff, 4)
         (count,) = struct.unpack_from(order + "H", tiff, start)
         entries = [struct.unpack_from(order + "HHI4s", tiff, start + 2 + 12 * i) for i in range(count)]
     except struct.error:
-        raise _OddError("damaged EXIF block") from None
+        raise OddError("damaged EXIF block") from None
     found = [entry for entry in entries if entry[0] == 0x112]
     if not found:
         return 1
     _, kind, number, field = found[0]
     if len(found) > 1 or kind != 3 or number != 1:
-        raise _OddError("EXIF orientation of a wrong type")
+        raise OddError("EXIF orientation of a wrong type")
     (value,) = struct.unpack_from(order + "H", field)
     if not 2 <= value <= 8:
         return 1
@@ -198,5 +218,5 @@ def _orientation(tiff: bytes) -> int:
     for _, kind, number, field in entries:
         size = _TIFF_SIZES.get(kind, len(tiff)) * number
         if size > 4 and struct.unpack(order + "I", field)[0] + size > len(tiff):
-            raise _OddError("damaged EXIF block")
+            raise OddError("damaged EXIF block")
     return value

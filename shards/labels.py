@@ -8,7 +8,7 @@ is not the one in `b/x`.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -30,18 +30,28 @@ class LabelsError(GristmillError):
 def write_labels(root: str | Path, keys: Sequence[str], paths: Sequence[PurePath]) -> None:
     """Write `root/labels.parquet` for n images, given their keys and their paths relative to the source folder.
 
-    The deepest image decides on the number of levels (at most three; folders below them say nothing). An image that
-    lies above a level has no class there. Raises OSError as the file system gives it.
+    As `write_some`, of which this is the form for images that fit into memory.
     """
     # Names of a file system may be any bytes; Parquet takes text only.
     folders = [os.fsencode(path).decode("utf-8", "backslashreplace").split("/")[:-1] for path in paths]
-    names = _LEVELS[min(3, max(map(len, folders), default=0))]
-    columns: dict[str, pa.Array] = {"key": pa.array(keys, pa.string())}
-    for level, name in enumerate(names, start=1):
-        classes = ["/".join(parts[:level]) if len(parts) >= level else None for parts in folders]
-        columns[name] = pa.array(classes, pa.string())
-    with published(Path(root) / LABELS) as file:
-        pq.write_table(pa.table(columns), file, compression="zstd")
+    write_some(root, lambda: [(keys, folders)])
+
+
+def write_some(root: str | Path, images: Callable[[], Iterable[tuple[Sequence[str], Sequence[Sequence[str]]]]]) -> None:
+    """Write `root/labels.parquet`; `images()` gives keys and the folders above each image, some at a time, and is called twice.
+
+    The deepest image decides on the number of levels (at most three; folders below them say nothing). An image that
+    lies above a level has no class there. Raises OSError as the file system gives it.
+    """
+    depth = max((len(parts) for _, folders in images() for parts in folders), default=0)
+    names = _LEVELS[min(3, depth)]
+    schema = pa.schema([(name, pa.string()) for name in ("key", *names)])
+    with published(Path(root) / LABELS) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        for keys, folders in images():
+            columns: list[Sequence[str | None]] = [keys]
+            for level in range(1, len(names) + 1):
+                columns += [["/".join(parts[:level]) if len(parts) >= level else None for parts in folders]]
+            writer.write_table(pa.table([pa.array(column, pa.string()) for column in columns], schema=schema))
 
 
 class Labels:

@@ -14,21 +14,25 @@ import hashlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import ArrayLike
 
 from .addresses import SCHEMES, beside, scheme_of
 from .errors import GristmillError
+from .texts import Few, Texts
 
 SCHEMA = 1
 DATASET, SHARDS, SAMPLES = "dataset.json", "shards.parquet", "samples"
 GROUPS = 512  # row groups a file: 5,000 of them made a footer of 4.5 MB
+FOOTERS = 8  # files kept open: a footer of 512 groups takes 3 MB in memory, and shards are asked for in their order
 
 SHARD_FIELDS = pa.schema(
     [
@@ -66,21 +70,31 @@ class Rows:
     of zero says that the image did not decode when it was indexed.
     """
 
-    keys: list[str]
+    keys: Sequence[str]
     offset: np.ndarray  # int64 [n]
     length: np.ndarray  # int64 [n]
     crc32: np.ndarray  # uint32 [n]
     width: np.ndarray  # int32 [n], pixels
     height: np.ndarray  # int32 [n], pixels
-    format: list[str]
+    format: Sequence[str | None]
     deep: bool = True
 
     def __len__(self) -> int:
         return len(self.keys)
 
+    @cached_property
+    def places(self) -> np.ndarray:
+        """int64 [n, 4] for whoever needs all of a sample at once: offset, length, crc32, width | height << 32."""
+        return _placed(self.offset, self.length, self.crc32, self.width, self.height)
+
+    @cached_property
+    def undecoded(self) -> int:
+        """How many of the rows have no width: of a deep index, those that did not decode."""
+        return len(self) - int(np.count_nonzero(self.width))
+
     def digest(self) -> str:
         """Identity of the rows: keys, offsets and lengths, as blake2b-128 hex."""
-        parts = ["\0".join(self.keys).encode()]
+        parts = ["\0".join(self.keys[:]).encode()]
         parts += [np.ascontiguousarray(column, dtype="<i8").tobytes() for column in (self.offset, self.length)]
         return _hash(parts)
 
@@ -109,10 +123,10 @@ class Manifest:
     def __init__(self, root: Path, digest: str, shards: pa.Table, cache_rows: int) -> None:
         self.root = root
         self.digest = digest
-        self.urls: list[str] = shards["url"].to_pylist()
-        self.digests: list[str] = shards["digest"].to_pylist()
-        self.identities: list[str | None] = (
-            shards["identity"].to_pylist() if "identity" in shards.column_names else [None] * len(self.urls)
+        self.urls: Sequence[str] = Texts(shards["url"])
+        self.digests: Sequence[str] = Texts(shards["digest"])
+        self.identities: Sequence[str | None] = (
+            Few.of(shards["identity"]) if "identity" in shards.column_names else [None] * len(self.urls)
         )
         self.counts: np.ndarray = shards["samples"].to_numpy().astype(np.int64)
         self.shard_bytes: np.ndarray = shards["bytes"].to_numpy().astype(np.int64)
@@ -125,18 +139,22 @@ class Manifest:
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, path: str | Path, *, cache_rows: int = 1 << 22) -> Manifest:
+    def open(cls, path: str | Path, *, cache_rows: int = 1 << 23) -> Manifest:
         """Open the data set in a folder, or raise ManifestError. `cache_rows` bounds the rows kept in memory, at about
-        130 bytes each; the last shard asked for is kept whatever its size."""
+        50 bytes each; the last shard asked for is kept whatever its size."""
         root = Path(path)
         about = _read_about(root)
         try:
-            shards = pq.read_table(root / SHARDS)
+            with pq.ParquetFile(root / SHARDS) as file:  # read_table would load Arrow's whole engine for data sets
+                shards = file.read(use_threads=False)
         except (OSError, pa.ArrowException) as error:
             raise ManifestError(f"{root / SHARDS} cannot be read ({error}): make the data set again") from error
         if not shards.schema.equals(SHARD_FIELDS) and not shards.schema.equals(SHARD_FIELDS.remove(4)):
             raise ManifestError(f"{root / SHARDS} has other columns than a manifest's: make the data set again")
-        found = dataset_digest(shards["url"].to_pylist(), shards["digest"].to_pylist())
+        try:
+            found = dataset_digest(Texts(shards["url"]), Texts(shards["digest"]))
+        except ValueError as error:
+            raise ManifestError(f"{root / SHARDS} cannot be read ({error}): make the data set again") from error
         if found != about["digest"]:
             raise ManifestError(
                 f"{root / SHARDS} describes data set {found[:12]}, but {DATASET} says {str(about['digest'])[:12]}: "
@@ -181,10 +199,10 @@ class Manifest:
         try:
             if number not in self._files:
                 self._files[number] = pq.ParquetFile(path)
-                if len(self._files) > 64:  # open files are a scarce good
+                if len(self._files) > FOOTERS:
                     self._files.popitem(last=False)[1].close()
             self._files.move_to_end(number)
-            rows = _to_rows(self._files[number].read_row_group(group, use_threads=False))
+            rows = rows_of_table(self._files[number].read_row_group(group, use_threads=False))
         except (OSError, KeyError, IndexError, ValueError, pa.ArrowException) as error:
             raise ManifestError(
                 f"rows of shard {self.urls[shard]} cannot be read from {path} ({error}): make the data set again"
@@ -203,6 +221,11 @@ def _read_about(root: Path) -> dict[str, Any]:
     try:
         about = json.loads((root / DATASET).read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if (root / ".rewrite" / "commit").exists():  # rewrite.py
+            raise ManifestError(
+                f"{root} is being rewritten without removed samples, and that was interrupted: finish it by `gristmill remove "
+                f"{root} --rewrite --reason ...`"
+            ) from None
         inside = sorted(entry.parent.name for entry in root.glob(f"*/{DATASET}"))
         if inside:
             raise ManifestError(
@@ -224,28 +247,28 @@ def _read_about(root: Path) -> dict[str, Any]:
     return about
 
 
-def _to_rows(table: pa.Table) -> Rows:
-    deep = table["crc32"].null_count == 0
-
-    def column(name: str, kind: type) -> np.ndarray:
-        return table[name].fill_null(0).to_numpy().astype(kind, copy=False)
-
-    return Rows(
-        keys=table["key"].to_numpy().tolist(),  # a third of what to_pylist takes
-        offset=column("offset", np.int64),
-        length=column("length", np.int64),
-        crc32=column("crc32", np.uint32),
-        width=column("width", np.int32),
-        height=column("height", np.int32),
-        format=_few(table["format"]),
-        deep=deep,
+def rows_of_table(table: pa.Table) -> Rows:
+    """The rows that `writer.table_of` wrote."""
+    columns = [table[name].fill_null(0).to_numpy() for name in ("offset", "length", "crc32", "width", "height")]
+    places = _placed(*columns)
+    sizes, words = places.view("<i4"), places.view("<u4")
+    rows = Rows(
+        keys=Texts(table["key"]),
+        offset=places[:, 0],
+        length=places[:, 1],
+        crc32=words[:, 4],
+        width=sizes[:, 6],
+        height=sizes[:, 7],
+        format=Few.of(table["format"]),
+        deep=table["crc32"].null_count == 0,
     )
+    vars(rows)["places"] = places  # of which the columns are views
+    return rows
 
 
-def _few(column: pa.ChunkedArray) -> list[str]:
-    """A column of few different texts, as one string for each text and not one for each row."""
-    encoded = column.dictionary_encode().combine_chunks()
-    if isinstance(encoded, pa.ChunkedArray):
-        encoded = encoded.chunk(0)
-    texts = np.array([*encoded.dictionary.to_pylist(), None], object)
-    return texts[encoded.indices.fill_null(len(texts) - 1).to_numpy(zero_copy_only=False)].tolist()
+def _placed(offset: ArrayLike, length: ArrayLike, crc32: ArrayLike, width: ArrayLike, height: ArrayLike) -> np.ndarray:
+    places = np.zeros((len(np.asarray(offset)), 4), "<i8")
+    places[:, 0], places[:, 1], places[:, 2] = offset, length, crc32
+    sizes = places.view("<i4")
+    sizes[:, 6], sizes[:, 7] = width, height
+    return places

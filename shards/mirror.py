@@ -7,11 +7,13 @@ the data set's digest, which several processes may share: each writes beside and
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import tempfile
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,7 @@ def open_manifest(
     root = home / _named(place, about)
     try:
         root.mkdir(parents=True, exist_ok=True)
+        _clear_away(root)
         if not (root / SHARDS).exists():
             _copy(place, SHARDS, root, policy)
         try:
@@ -122,13 +125,26 @@ def _copy(base: str, name: str, root: Path, policy: RetryPolicy | None, stop: th
 def _write(path: Path, data: bytes) -> None:
     """All of it or nothing, whoever else writes the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside_it = tempfile.mkstemp(prefix=path.name, suffix=PARTIAL, dir=path.parent)
+    while True:
+        handle, beside_it = tempfile.mkstemp(prefix=path.name, suffix=PARTIAL, dir=path.parent)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.fstat(handle).st_nlink:
+            break
+        os.close(handle)  # taken for a leftover before it was locked
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside_it, path)
+            os.replace(beside_it, path)
     except BaseException:
         os.unlink(beside_it)
         raise
+
+
+def _clear_away(root: Path) -> None:
+    """Remove what killed processes have left half-written. Whoever still writes holds a lock, gone with its process."""
+    for path in [*root.glob(f"*{PARTIAL}"), *root.glob(f"{SAMPLES}/*{PARTIAL}")]:
+        with suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()

@@ -57,6 +57,21 @@ class ChangedError(StorageError):
         )
 
 
+KINDS = ("throttled", "server", "timeout", "connection", "broken", "other")  # of trouble, for whoever counts it
+_KIND = {
+    **dict.fromkeys(("throttled", "429", "503"), "throttled"),
+    **dict.fromkeys(("stalled", "slow", "deadline", "408", "504", "522", "524"), "timeout"),
+    **dict.fromkeys(("connect", "name", "tls", "cut"), "connection"),
+    **dict.fromkeys(("protocol", "short"), "broken"),
+}
+
+
+def kind_of(reason: str) -> str:
+    """One of KINDS for a `reason` of Trouble, which may be a server's status."""
+    server = len(reason) == 3 and reason.startswith("5") and reason.isdigit()
+    return _KIND.get(reason, "server" if server else "other")
+
+
 class Stopped(Exception):
     """A transfer was called off by its own side, in closing. Never seen by a user."""
 

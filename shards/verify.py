@@ -1,11 +1,13 @@
 """Is a data set still what its manifest says? Shallow: files, sizes, headers. Deep: every checksum and every image.
 
 Findings are returned, not raised, so that one look shows all of the damage; only a folder that is no data set raises.
+Shards are looked at on threads, for decoders and checksums let go of the interpreter's lock.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from isal.isal_zlib import crc32
 
 from .archive import ShardError
 from .blob import Blob
+from .checked import Checked
 from .deep import images
 from .errors import GristmillError
 from .foreign import close_blob, open_place
@@ -34,22 +37,40 @@ class Finding:
 
 
 def verify(
-    root: str | Path, deep: bool = False, *, progress: Callable[[int, int], None] | None = None
+    root: str | Path,
+    deep: bool = False,
+    *,
+    workers: int | None = None,
+    again: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> list[Finding]:
     """Compare a data set with its manifest; an empty list means that all is well. `progress(done, total)` counts shards.
 
-    Raises ManifestError if the folder is no data set.
+    `workers` threads look at a shard each (one a core by default). A check that was interrupted is gone on with, unless
+    `again`, and `note` is told so. Raises ManifestError if the folder is no data set.
     """
     manifest = Manifest.open(root)
     findings: list[Finding] = []
+    with Checked(manifest, deep, again=again) as checked:
+        if len(checked) and note is not None:
+            when = time.strftime("%Y-%m-%d %H:%M", time.localtime(checked.since))
+            note(
+                f"going on with the check that began at {when}: {len(checked)} shards were sound (--again starts over)"
+            )
 
-    def look(shard: int) -> list[Finding]:
-        return list(_verify_shard(manifest, shard, deep))
+        def look(shard: int) -> tuple[list[Finding], str]:
+            seen: list[str] = []
+            return list(_verify_shard(manifest, shard, deep, checked, seen)), "".join(seen)
 
-    for done, found in enumerate(in_order(look, range(len(manifest.urls)), cores(), "gristmill-verify"), start=1):
-        findings += found
-        if progress is not None:
-            progress(done, len(manifest.urls))
+        looks = in_order(look, range(len(manifest.urls)), workers or cores(), "gristmill-verify")
+        for shard, (found, identity) in enumerate(looks):
+            findings += found
+            if identity and not found:
+                checked.add(manifest.urls[shard], identity, manifest.rows(shard))
+            if progress is not None:
+                progress(shard + 1, len(manifest.urls))
+        checked.done()
     known = {os.path.normpath(url) for url in {*manifest.urls, *read_skipped(manifest.root)}}
     strangers = sorted(path.name for path in manifest.root.glob("*.tar") if path.name not in known)
     return findings + [Finding(name, None, "in the folder, but not in the manifest") for name in strangers]
@@ -84,7 +105,8 @@ def recheck(manifest: Manifest, shard: int, blob: Blob | None = None) -> str | N
     return None
 
 
-def _verify_shard(manifest: Manifest, shard: int, deep: bool) -> Iterator[Finding]:
+def _verify_shard(manifest: Manifest, shard: int, deep: bool, checked: Checked, seen: list[str]) -> Iterator[Finding]:
+    """Findings of one shard; its identity goes into `seen` if it was looked at now."""
     url = manifest.urls[shard]
     try:
         rows = manifest.rows(shard)
@@ -93,7 +115,10 @@ def _verify_shard(manifest: Manifest, shard: int, deep: bool) -> Iterator[Findin
         yield Finding(url, None, str(error))
         return
     try:
-        yield from _verify_blob(manifest, shard, blob, rows, deep)
+        identity = blob.identity()
+        if not checked.knows(url, identity, rows):
+            yield from _verify_blob(manifest, shard, blob, rows, deep)
+            seen.append(identity)
     except OSError as error:
         yield Finding(url, None, f"cannot be opened ({error.strerror})")
     except GristmillError as error:

@@ -31,7 +31,9 @@ from .manifest import (
 from .storage import PARTIAL, Draft, published, sync_folder
 
 
-def _to_table(rows: Rows) -> pa.Table:
+def table_of(rows: Rows) -> pa.Table:
+    """The rows as Parquet holds them; what a quick index did not find is null."""
+
     def found(column: np.ndarray, unknown: np.ndarray | None = None) -> Any:
         return pa.array(column, mask=unknown) if rows.deep else pa.nulls(len(rows))
 
@@ -82,7 +84,7 @@ class ManifestWriter:
             self._file = Draft(self._folder / f"{number:05d}.parquet")
             self._parquet = pq.ParquetWriter(self._file, SAMPLE_FIELDS, compression="zstd")
         assert self._parquet is not None
-        self._parquet.write_table(_to_table(rows), row_group_size=len(rows))
+        self._parquet.write_table(table_of(rows), row_group_size=len(rows))
         self._shards.append((url, len(rows), size, rows.digest(), identity))
 
     def _close_file(self) -> None:

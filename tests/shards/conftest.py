@@ -13,6 +13,7 @@ from PIL import Image
 
 from .. import disks
 from ..faulty_http import FaultyServer
+from ..servers import WEED_MISSING, Server, find_weed, weed_server
 from .cached import QUICK, content
 from .remotes import DATA
 from .tars import tar
@@ -78,3 +79,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB of its own: the only honest way to fill a disk."""
     with disks.small_disk(tmp_path / "small-disk", "1m") as place:
         yield place
+
+
+@pytest.fixture(scope="session")
+def weed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """An S3 server for tests that leave it as it is."""
+    if find_weed() is None:
+        pytest.skip(WEED_MISSING)
+    with weed_server(tmp_path_factory.mktemp("weed")) as server:
+        yield server

@@ -16,11 +16,12 @@ import pytest
 from gristmill.ops.index import run_index
 from gristmill.pipeline.order import Sequential
 from gristmill.pipeline.reader import DamageError, Reader
-from gristmill.shards import Finding, Manifest, ManifestError, Quarantine, ingest, verify
+from gristmill.shards import Finding, Manifest, ManifestError, Quarantine, verify
 from gristmill.shards.blob import Blob, LocalBlob
 from gristmill.shards.foreign import IndexingError, index_dataset
 from gristmill.shards.index import AGAIN, BARE, HIDDEN, LINKS, OUTSIDE, SIDES
 from gristmill.shards.index_report import SKIPPED
+from gristmill.shards.ingest import ingest_folder
 from gristmill.shards.places import find_shards
 
 from .tars import tar
@@ -185,7 +186,7 @@ def test_a_second_index_looks_at_what_is_new(folder: Path, picture: Picture) -> 
 
 
 def test_ingests_own_checksums_are_kept(pictures: Path, tmp_path: Path) -> None:
-    ingest(pictures, tmp_path / "out", shard_samples=10)
+    ingest_folder(pictures, tmp_path / "out", shard_samples=10)
     root = tmp_path / "out" / "train"
     before = Manifest.open(root)
     report = index_dataset(find_shards([root]), root)

@@ -1,9 +1,11 @@
 """A manifest behind a url: copied as needed, whole or not at all, and told apart from another."""
 
+import fcntl
+
 import numpy as np
 import pytest
 from gristmill.shards.demo import make_demo_images
-from gristmill.shards.engine import ingest
+from gristmill.shards.ingest import ingest_folder
 from gristmill.shards.manifest import Manifest, ManifestError
 from gristmill.shards.mirror import MirroredManifest, open_manifest
 from gristmill.shards.retry import RetryPolicy, StorageError
@@ -18,7 +20,7 @@ QUICK = RetryPolicy(deadline=10.0, first_pause=0.005, longest_pause=0.05, stall_
 def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
     make_demo_images(root / "images", images=400, size=32)
-    ingest(root / "images", root / "set", shard_samples=50)
+    ingest_folder(root / "images", root / "set", shard_samples=50)
     return Manifest.open(root / "set" / "train")
 
 
@@ -111,3 +113,19 @@ def test_a_folder_is_opened_where_it_is(data, tmp_path):
         assert found.root == data.root
         assert not isinstance(found, MirroredManifest)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_process_left_half_written_goes_and_what_is_being_written_stays(data, server, tmp_path):
+    root = open_manifest(server.url("/sets/train"), tmp_path, policy=QUICK).root
+    (root / "samples").mkdir(exist_ok=True)
+    left = [root / "dataset.jsonabc.partial", root / "samples" / "00000.parquetabc.partial"]
+    for path in left:
+        path.write_bytes(b"half")
+    busy = root / "shards.parquetabc.partial"
+    with busy.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        open_manifest(server.url("/sets/train"), tmp_path, policy=QUICK)
+        assert busy.exists()
+        assert not any(path.exists() for path in left)
+    open_manifest(server.url("/sets/train"), tmp_path, policy=QUICK)
+    assert not busy.exists()

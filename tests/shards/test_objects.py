@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import quote
@@ -23,7 +22,7 @@ from gristmill.shards.remote import open_blob
 from gristmill.shards.retry import ChangedError, RetryPolicy, StorageError
 
 from ..faulty_http import FaultyServer
-from ..servers import WEED_MISSING, Server, find_weed, weed_server
+from ..servers import Server
 
 DATA = bytes(range(256)) * 2000
 QUICK = RetryPolicy(deadline=20.0, first_pause=0.005, longest_pause=0.05, stall_timeout=0.4, connect_timeout=1.0)
@@ -38,14 +37,6 @@ def keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-
-
-@pytest.fixture(scope="module")
-def weed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    if find_weed() is None:
-        pytest.skip(WEED_MISSING)
-    with weed_server(tmp_path_factory.mktemp("weed")) as server:
-        yield server
 
 
 @pytest.fixture

@@ -4,14 +4,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from gristmill.shards import Finding, Manifest, ManifestError, index_dataset, ingest, verify
+from gristmill.shards import Finding, Manifest, ManifestError, index_dataset, verify
+from gristmill.shards.ingest import ingest_folder
 
 from ..faulty_http import FaultyServer
 
 
 @pytest.fixture
 def sound(pictures: Path, tmp_path: Path) -> Manifest:
-    ingest(pictures, tmp_path / "out", shard_samples=10)
+    ingest_folder(pictures, tmp_path / "out", shard_samples=10)
     return Manifest.open(tmp_path / "out" / "train")
 
 
