@@ -3,7 +3,8 @@
 Augment is the weak family (crop, flip, colour jitter, grey, blur, solarise); Strong adds RandAugment and random erasing
 as Mugs' student sees them. The numbers of the presets are those of the papers and of their official code: "weak" is
 DINO's (Caron et al. 2021, main_dino.py), which Mugs, MoCo v3 and BYOL (Grill et al. 2020, appendix B) share, "moco-v1"
-and "moco" MoCo's (main_moco.py with and without --aug-plus), "simclr" Chen et al.'s (2020, appendix A, strength 1).
+and "moco" MoCo's (main_moco.py with and without --aug-plus), "simclr" Chen et al.'s (2020, appendix A, strength 1), which
+SwAV takes over (facebookresearch/swav, src/multicropdataset.py), and "npid" Wu et al.'s (2018).
 """
 
 from __future__ import annotations
@@ -29,6 +30,22 @@ PRESETS: dict[str, dict[str, Any]] = {
 STRONG_PRESETS: dict[str, dict[str, Any]] = {
     "mugs": {},  # sail-sg/mugs, src/multicropdataset.py: rand-m9-mstd0.5-inc1, re_prob 0.25
     "mugs-normalised": {"erase_noise": "normalised"},  # the same without its prefetcher
+    # HobbitLong/PyContrast (the InfoMin paper's code, arXiv 2005.10243), pycontrast/datasets/util.py, --aug D: SimCLR's
+    # jitter and blur, RandAugment rand-n2-m10-mstd0.5, grey. There RandAugment acts on the crop, after the blur and before
+    # grey, and pulls in the mean colour from the crop's own edge; here on the image, before the crop, and colours and blur
+    # come after it, in the order of all our augmentations. Its blur is cut at 11 pixels, ours is not.
+    "infomin": {
+        **{
+            "jitter_p": 0.8,
+            "brightness": 0.8,
+            "contrast": 0.8,
+            "saturation": 0.8,
+            "hue": 0.2,
+            "grey": 0.2,
+            "blur": [0.5],
+        },
+        **{"replacement": True, "magnitude": 10.0, "increasing": False, "erase": 0.0},
+    },
 }
 
 BLUR_REFERENCE = 96  # pixels; see Augment.sigma
@@ -108,6 +125,9 @@ class Strong(Augment):
     replacement: bool = False  # whether one operation can be chosen twice
     magnitude: float = Field(default=9.0, ge=0, le=10)  # mean
     magnitude_std: float = Field(default=0.5, ge=0)
+    # Whether operations get stronger with the magnitude (timm's "inc1", Mugs), or as in the first RandAugment: enhancing
+    # factors from 0.1 to 1.9, fewer bits and values inverted the lower it is.
+    increasing: bool = True
     erase: Probability = 0.25  # of one box of noise
     erase_area: tuple[float, float] = (0.02, 1 / 3)  # share of the crop
     erase_ratio: tuple[float, float] = (0.3, 1 / 0.3)  # height to width, log-uniform

@@ -32,13 +32,15 @@ from ..shards.remote import HttpBlob, open_blob
 from ..shards.retry import RetryPolicy, Stopped
 from ..shards.transfer import Transfer
 from ..shards.verify import recheck
+from .activity import Activity
 from .crew import Crew
 from .foresight import Foresight
 from .library import Library
 from .order import Ints, Locator
+from .usage import FetchStats
 from .views import CacheConfig
 
-LOCAL_GAP = 4096  # bytes between two members that are read along rather than asked for apart: a page
+_GAP = 4096  # bytes between two members that are asked for together at least
 _REMOTE_SHARE = 8  # of what a blob reads as quickly as it answers: latency costs others too, bandwidth costs money
 _OPEN = 256  # descriptors kept, at most; and a quarter of what the process may have
 _FAR = 16  # batches for which a cached shard that is not needed stays in use
@@ -46,18 +48,6 @@ _FAR = 16  # batches for which a cached shard that is not needed stays in use
 
 class DamageError(GristmillError):
     """More damage than a run may read past, or a shard that is missing, unreadable or another one than indexed."""
-
-
-@dataclass
-class FetchStats:
-    """Counters since the start. `seconds` are of calls to storage, those that ran side by side counted once."""
-
-    local_bytes: int = 0  # from local shards
-    cached_bytes: int = 0  # from the node's cache
-    remote_bytes: int = 0  # in ranges
-    remote_reads: int = 0
-    seconds: float = 0.0
-    refetched: int = 0  # samples whose bytes were wrong at first and right when they were fetched again
 
 
 @dataclass
@@ -71,7 +61,8 @@ class Opened:
 
     @property
     def gap(self) -> int:
-        return LOCAL_GAP if self.blob is None else max(LOCAL_GAP, getattr(self.blob, "leap", 1 << 20) // _REMOTE_SHARE)
+        """Bytes between two members of a remote shard that are read along rather than asked for apart."""
+        return max(_GAP, getattr(self.blob, "leap", 1 << 20) // _REMOTE_SHARE)
 
     def close(self) -> None:
         handle, self.handle = self.handle, None
@@ -100,9 +91,11 @@ class Fetcher:
         self.library = library
         self.policy = policy or RetryPolicy()
         self.stats = FetchStats()
-        self.busy: dict[int, tuple[str, int, float]] = {}
         self.stop = threading.Event()
+        self.activity = Activity(self.stop)
+        self.busy = self.activity.busy
         self.most_open = min(_OPEN, max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+        self.remote = False  # whether a network was asked for anything
         self.cache: Cache | None = None
         self.prefetcher: Prefetcher | None = None
         self._open: dict[int, Opened] = {}  # on a disk
@@ -138,12 +131,16 @@ class Fetcher:
     def open(self, shard: int) -> Opened:
         """The shard, from where it can be read best now. DamageError if it is not there or not the one that was indexed."""
         if (found := self._open.get(shard)) is not None:
+            self._count(found)
             return found
         place = self.library.place(shard)
         if not is_remote(place):
             found = self._open_local(shard, place)
         elif (found := self._open_cached(shard)) is None:
-            return self._open_remote(shard)
+            found = self._open_remote(shard)
+        self._count(found)
+        if found.blob is not None:
+            return found
         with self._lock:
             if not self.stop.is_set():
                 self._open[shard] = found
@@ -151,22 +148,23 @@ class Fetcher:
         found.close()
         raise Stopped
 
+    def _count(self, found: Opened) -> None:
+        if self.cache is not None and (found.lease or found.blob):
+            with self._lock:
+                self.stats.cache_hits += found.lease is not None
+                self.stats.cache_misses += found.lease is None
+
     def read_local(self, found: Opened, offset: int, target: memoryview) -> int:
         """Fill `target` from `offset` on; bytes read, fewer only where the shard ends."""
-        handle, size = found.handle, len(target)
+        handle, size, done = found.handle, len(target), 0
         assert handle is not None
         try:
-            done = os.preadv(handle, (target,), offset)
             while done < size and (got := os.preadv(handle, (target[done:],), offset + done)):
                 done += got
         except OSError as error:
             if self.stop.is_set():
                 raise Stopped from None
             raise self.trouble(found.shard, f"cannot be read ({error.strerror})") from error
-        if found.lease is None:
-            self.stats.local_bytes += done
-        else:
-            self.stats.cached_bytes += done
         return done
 
     def read_remote(self, wanted: list[tuple[Opened, int, memoryview]]) -> list[int]:
@@ -236,6 +234,7 @@ class Fetcher:
     def halt(self) -> None:
         """Call off what waits for the network, and let nothing new begin."""
         self.stop.set()
+        self.activity.call_off()
 
     def close(self, seconds: float) -> bool:
         """End threads and close shards; False if a thread hangs in a read and was left behind, with its shard."""
@@ -245,7 +244,7 @@ class Fetcher:
         if self.prefetcher is not None:
             self.prefetcher.close()
         gone = self._crew.close(seconds) if self._crew is not None else True
-        hung = {shard for _, shard, _ in list(self.busy.values())}
+        hung = {shard for _, shard, _ in self.activity.now()}
         self.thin([shard for shard in self._open if shard not in hung], all_of_them=True)
         return gone
 
@@ -358,6 +357,7 @@ class Fetcher:
 
     def _blob(self, shard: int) -> Blob:
         if shard not in self._blobs:
+            self.remote = True
             self._blobs[shard] = open_blob(self.library.place(shard), policy=self.policy)
         return self._blobs[shard]
 

@@ -31,10 +31,20 @@ _MUGS = [
 ]
 
 
-def _pair(scale: float, augment: str) -> list[dict[str, Any]]:
+def _pair(scale: float, augment: str, **more: Any) -> list[dict[str, Any]]:
     """One crop for the student (query) and one for the teacher (key), cut and coloured alike."""
-    alike = {"size": 224, "scale": [scale, 1.0], "augment": augment}
+    alike = {"size": 224, "scale": [scale, 1.0], "augment": augment, **more}
     return [{"name": "query", "role": "student", **alike}, {"name": "key", "role": "teacher", **alike}]
+
+
+def _twice(scale: float, augment: str, **more: Any) -> dict[str, Any]:
+    """Two crops of 224 pixels that both networks see, if there are two."""
+    return {"name": "global", "count": 2, "size": 224, "scale": [scale, 1.0], "augment": augment, **more}
+
+
+def _small(count: int) -> dict[str, Any]:
+    """SwAV's crops of 96 pixels, of a seventh of the image at most."""
+    return {"name": "local", "count": count, "size": 96, "scale": [0.05, 0.14], "role": "student", "augment": "simclr"}
 
 
 GROUPS: dict[str, list[dict[str, Any]]] = {
@@ -45,13 +55,23 @@ GROUPS: dict[str, list[dict[str, Any]]] = {
     "moco-v1": _pair(0.2, "moco-v1"),
     "moco-v2": _pair(0.2, "moco"),
     # facebookresearch/moco-v3, main_moco.py with --crop-min 0.08, as its ViTs are trained (ResNets: 0.2).
-    "moco-v3": [{"name": "global", "count": 2, "size": 224, "scale": [0.08, 1.0], "augment": "weak"}],
+    "moco-v3": [_twice(0.08, "weak")],
+    "moco-v3-resnet": [_twice(0.2, "weak")],  # CONFIG.md: --crop-min=.2 with ResNet-50
     # Chen et al. 2020, appendix A; google-research/simclr, data_util.py: crops of 0.08 or more.
-    "simclr": [
-        {"name": "global", "count": 2, "size": 224, "scale": [0.08, 1.0], "filter": "bicubic", "augment": "simclr"}
-    ],
+    "simclr": [_twice(0.08, "simclr", filter="bicubic")],
     # Grill et al. 2020, appendix B, table 6: the two crops differ in blur and solarisation; bicubic.
-    "byol": [{"name": "global", "count": 2, "size": 224, "scale": [0.08, 1.0], "filter": "bicubic", "augment": "weak"}],
+    "byol": [_twice(0.08, "weak", filter="bicubic")],
+    # zhirongw/lemniscate.pytorch, main.py: one crop, coloured as in MoCo v1; both official codes take the colours
+    # first and jitter what is left, which of a grey image changes the light alone.
+    "npid": [{**_twice(0.2, "moco-v1"), "count": 1}],
+    # facebookresearch/simsiam, main_simsiam.py: MoCo v2's augmentation.
+    "simsiam": [_twice(0.2, "moco")],
+    # HobbitLong/PyContrast, --method InfoMin: MoCo's pair under --aug D; every crop takes the strong form.
+    "infomin": _pair(0.2, "simclr", strong="infomin", weak_p=0.0),
+    # facebookresearch/swav, scripts/swav_200ep_pretrain.sh and deepclusterv2_400ep_pretrain.sh; src/multicropdataset.py.
+    # It divides red by 0.228 where everybody else has 0.229; so have we.
+    "swav": [_twice(0.14, "simclr"), _small(6)],
+    "deepcluster-v2": [{**_twice(0.08, "simclr"), "size": 160}, _small(4)],
     # gyfastas/HCSC, multi-crop: MoCo v2's pair, and a local crop of each size for the student.
     "hcsc-multicrop": [
         *_pair(0.2, "moco"),

@@ -1,9 +1,10 @@
 """Which patches of a crop are hidden from the student: blocks as BEiT and iBOT lay them, or patches at random.
 
 iBOT (Zhou et al. 2022, loader.py) draws a share of patches for each crop, none for half of them in its recipe, and
-lays blocks until the share is reached or ten tries in a row find no room: BEiT's algorithm (Bao et al. 2022, appendix),
-here for all crops of a batch side by side, one try of every unfinished crop at a time. A mask is a function of (seed,
-position, index of the crop in the recipe), like every other draw.
+lays blocks until the share is reached or ten tries in a row find no room: BEiT's algorithm (Bao et al. 2022, appendix).
+It is written down here for all crops of a batch side by side, one try of every unfinished crop at a time, and done by
+the loops of mask_loops.py, bit for bit the same. A mask is a function of (seed, position, index of the crop in the
+recipe), like every other draw.
 """
 
 from __future__ import annotations
@@ -56,26 +57,30 @@ def draw_masks(
     `crops` are the crops' indices among all of an image (`range(V)[plan.columns[name]]`), `grid` is (h, w) patches.
     At most floor(share * h * w) patches are hidden, with kind "random" just as many.
     """
-    positions = np.asarray(positions, np.int64)
-    height, width = grid
-    streams = philox.MASK + np.asarray(crops, np.int64)
-    u = philox.uniform_blocks(seed, positions[:, None], streams, (0,))  # [B, n, 4]
-    table = np.array(config.shares, np.float64)
-    share, spread = np.moveaxis(table[np.floor(u[..., 0] * len(table)).astype(int)], -1, 0)
-    target = np.floor((share + spread * (2 * u[..., 1] - 1)) * height * width).astype(np.int64)  # [B, n]
+    where, streams, targets = _asked(seed, positions, crops, grid, config)
+    shape = -1, len(crops), *grid
     if config.kind == "random":
-        order = philox.uniform(seed, positions[:, None], streams, 4 + height * width)[..., 4:]
+        order = philox.uniform(seed, where, streams, 4 + grid[0] * grid[1])[:, 4:]
         rank = np.argsort(np.argsort(order, -1, "stable"), -1, "stable")
-        return (rank < target[..., None]).reshape(*target.shape, height, width)
+        return (rank < targets[:, None]).reshape(shape)
+    from .mask_loops import lay_all  # only here: compiled loops take a moment to load
 
-    stream = np.broadcast_to(streams, target.shape).ravel()
-    where = np.repeat(positions, len(streams))
-    masks = np.zeros((target.size, height, width), np.bool_)
-    left, fails = target.ravel().copy(), np.zeros(target.size, np.int64)
-    active, chunk = np.flatnonzero(left > 0), 0
+    masks = np.zeros((len(targets), *grid), np.bool_)
+    low, high = map(int, philox.key_from(seed))
+    lay_all(low, high, where, streams, targets, _FIRST, *log_range(config.aspect), config.tries, masks)
+    return masks.reshape(shape)
+
+
+def draw_masks_reference(
+    seed: int, positions: ArrayLike, crops: Sequence[int], grid: tuple[int, int], config: MaskConfig
+) -> NDArray[np.bool_]:
+    """`draw_masks` of kind "block" in plain form."""
+    where, streams, left = _asked(seed, positions, crops, grid, config)
+    masks = np.zeros((len(left), *grid), np.bool_)
+    fails, active, chunk = np.zeros_like(left), np.flatnonzero(left > 0), 0
     while len(active):
         blocks = range(_FIRST + chunk * _CHUNK, _FIRST + (chunk + 1) * _CHUNK)
-        tries = philox.uniform_blocks(seed, where[active], stream[active], blocks).reshape(-1, _CHUNK, 4)
+        tries = philox.uniform_blocks(seed, where[active], streams[active], blocks).reshape(-1, _CHUNK, 4)
         for number in range(_CHUNK):
             gained = _lay(masks, active, left[active], tries[:, number], config)
             left[active] -= gained
@@ -83,7 +88,18 @@ def draw_masks(
             going = (left[active] > 0) & (fails[active] < config.tries)
             active, tries = active[going], tries[going]
         chunk += 1
-    return masks.reshape(*target.shape, height, width)
+    return masks.reshape(-1, len(crops), *grid)
+
+
+def _asked(
+    seed: int, positions: ArrayLike, crops: Sequence[int], grid: tuple[int, int], config: MaskConfig
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Position, stream and number of patches to hide at most, int64 [B * n] each, crops of an image together."""
+    where = np.repeat(np.asarray(positions, np.int64), len(crops))
+    streams = np.tile(philox.MASK + np.asarray(crops, np.int64), len(where) // max(1, len(crops)))
+    u = philox.uniform_blocks(seed, where, streams, (0,))  # [B * n, 4]
+    share, spread = np.array(config.shares, np.float64)[np.floor(u[:, 0] * len(config.shares)).astype(int)].T
+    return where, streams, np.floor((share + spread * (2 * u[:, 1] - 1)) * grid[0] * grid[1]).astype(np.int64)
 
 
 def _lay(

@@ -254,9 +254,18 @@ class Order:
         windows = _Cut(total, -(-total // self.window))
         window = windows.part(off)
         start = windows.start(window)
-        keys = _keys(self.seed, epoch, lane, ORDER_WINDOWS, window)
-        inside = permute(off - start, windows.length(window), keys, self._bits, inverse=inverse)
+        inside = permute(
+            off - start, windows.length(window), self._window_keys(epoch, lane, window), self._bits, inverse=inverse
+        )
         return self._lanes().start(lane) + start + inside
+
+    def _window_keys(self, epoch: int, lane: Ints, window: Ints) -> NDArray[np.uint64]:
+        """Keys uint64 [n, 2] of the window that each position lies in; of positions in a row only a few are open."""
+        first, last = (int(window.min()), int(window.max())) if len(window) else (0, 0)
+        if (last - first + 1) * self.lanes > len(window):
+            return _keys(self.seed, epoch, lane, ORDER_WINDOWS, window)
+        table = _keys(self.seed, epoch, np.arange(self.lanes), ORDER_WINDOWS, np.arange(first, last + 1)[:, None])
+        return table[window - first, lane]
 
     def _lay_out(self, epoch: int) -> _Axis:
         count = len(self.counts)

@@ -23,6 +23,7 @@ ORDER_SHARDS = 2000  # round keys of the permutation of shards, counted by the e
 ORDER_WINDOWS = 2001  # round keys of the permutations inside windows, counted by (epoch, lane, window)
 MIXTURE = 2002  # which data set a position reads
 DROP_PATH = 2100  # layer l of the student draws from stream DROP_PATH + l
+SHUFFLE = 2250  # the order of images in a forward whose batch norm must not know them by their place
 MASK = 2300  # masked patches of crop v draw from stream MASK + v, v < 1000
 NOISE = 4000  # the noise that erased boxes are filled with
 

@@ -65,6 +65,7 @@ class StrongSettings:
     replacement: NDArray[np.bool_]  # [V]
     magnitude: Floats  # [V]: mean
     deviation: Floats  # [V]
+    increasing: NDArray[np.bool_]  # [V]
     erase: Floats  # [V]
     area: Floats  # [V, 2]: from, to
     log_ratio: Floats  # [V, 2]
@@ -76,6 +77,7 @@ class StrongSettings:
             replacement=np.array([bool(f and f.replacement) for f in forms]),
             magnitude=np.array([f.magnitude if f else 0 for f in forms], float),
             deviation=np.array([f.magnitude_std if f else 0 for f in forms], float),
+            increasing=np.array([bool(f and f.increasing) for f in forms]),
             erase=np.array([f.erase if f else 0 for f in forms], float),
             area=np.array([f.erase_area if f else (0, 0) for f in forms], float),
             log_ratio=np.array([log_range(f.erase_ratio) if f else (0, 0) for f in forms], float),

@@ -1,7 +1,7 @@
 """Encoded images of any positions, straight out of the tars, with damage replaced slot by slot.
 
-A batch is sorted by place, neighbours in a shard are read in one `preadv` into memory that is used again, and each
-sample is a view of it; reads and checksums release the interpreter lock, so a few threads do. What is wrong in the
+A batch is sorted by place and dealt out to a few threads (share.py), which read it into memory that is used again and
+check it, without the interpreter lock; each sample is a view of that memory. What is wrong in the
 data itself (bytes missing, flipped, not an image) is put into quarantine and replaced by the first healthy sample of a
 sequence that only (seed, position) decides, so that the stream is the same whether the damage was known before or not.
 A sample that was removed on request is replaced likewise, and is no damage. What is wrong around the data (a shard that
@@ -15,28 +15,29 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..shards.manifest import Manifest, Rows
+from ..shards.manifest import Manifest
 from ..shards.quarantine import Quarantine
 from ..shards.retry import RetryPolicy
 from .ahead import Ahead
-from .checks import BLOCK, Damage, crc32, decodes, header_size, member_size
+from .checks import decodes
 from .crew import Crew
-from .fetch import DamageError, Fetcher, FetchStats, Opened
+from .fetch import DamageError, Fetcher
 from .library import Library
 from .order import Ints, Readable
 from .philox import SUBSTITUTE, integers
+from .share import REMOVED, Found, Share, native_loop
 from .slabs import Slabs
+from .usage import FetchStats, Usage, usage
 from .views import CacheConfig
 
 __all__ = ["DamageError", "ReadResult", "Reader", "Sample", "decodes"]
 
 _CANDIDATES = 64  # tried at a time; with at most a few in a thousand damaged, the first one nearly always serves
-_KNOWN, _REMOVED = object(), object()  # problems that need no entry in the quarantine
+_PLAIN = 4  # batches that are read before the compiled loop is loaded, so that a start does not wait for it
 _PATIENCE = 3.0  # seconds that closing waits for a read that hangs
 
 
@@ -65,28 +66,6 @@ class ReadResult:
         """Let a substitute take this slot."""
         self.data[slot], self.keys[slot] = sample.data, sample.key
         self.ids[slot], self.sizes[slot], self.substituted[slot] = sample.place, sample.size, True
-
-
-class _Found:
-    """What became of n slots. A slot has either data or a problem: a text, or a mark from above."""
-
-    def __init__(self, slots: int) -> None:
-        self.data: list[Any] = [None] * slots
-        self.keys: list[str] = [""] * slots
-        self.sizes: list[tuple[int, int]] = [(0, 0)] * slots
-        self.problems: list[Any] = [None] * slots
-
-
-class _Plan:
-    """What one thread reads of a batch: runs of neighbours, each read in one go, and the samples in them.
-
-    Plain lists of tuples, for at ten microseconds a sample an object for each would be felt.
-    """
-
-    def __init__(self) -> None:
-        self.size = 0  # bytes of the slab
-        self.runs: list[tuple[Opened, int, int, int]] = []  # shard, offset in it, place in the slab, bytes
-        self.pieces: list[tuple[int, int, int, int, int, int, Rows]] = []  # slot, row, run, offset, place, length, rows
 
 
 class Reader:
@@ -119,11 +98,16 @@ class Reader:
         self._numbers: dict[str, int] | None = None
         self._ahead = Ahead(order)
         self._lock = threading.RLock()
+        self._reads, self._loop = 0, None
         self._check_bound()
 
     @property
     def stats(self) -> FetchStats:
         return self._fetcher.stats
+
+    def usage(self) -> Usage:
+        """Where the bytes came from, counted since the start."""
+        return usage(self._fetcher)
 
     def read(self, positions: ArrayLike, decode_check: bool = False) -> ReadResult:
         """Samples of positions int64 [B]. `decode_check` decodes each image as well, and counts failure as damage.
@@ -133,16 +117,19 @@ class Reader:
         """
         positions = np.asarray(positions, np.int64)
         with self._lock:
+            self._reads += 1
+            if self._reads == _PLAIN:
+                self._loop = native_loop()
             shards, rows = self._ahead.locate(positions)
-            found = _Found(len(positions))
+            found = Found(len(positions))
             removed = self.order.removed(shards, rows)
             for slot in np.flatnonzero(removed).tolist():
-                found.problems[slot] = _REMOVED
+                found.problems[slot] = REMOVED
             self._gather(shards, rows, found, decode_check)
             self._ask_again(shards, rows, found, decode_check)
             ids = np.stack([shards, rows], axis=1)
             result = ReadResult(
-                found.data, found.keys, ids, np.array(found.sizes, np.int32).reshape(-1, 2),
+                found.data, found.keys, ids, found.sizes,
                 np.zeros(len(positions), bool), removed,
             )  # fmt: skip
             # Damage is booked in slot order, not in the order in which the threads met it.
@@ -163,7 +150,7 @@ class Reader:
 
     def doing(self) -> list[tuple[str, str, float]]:
         """What the threads are at: (stage "read", "cache" or "storage", shard, since when by the monotonic clock)."""
-        return [(stage, self.library.name(shard), since) for stage, shard, since in list(self._fetcher.busy.values())]
+        return [(stage, self.library.name(shard), since) for stage, shard, since in self._fetcher.activity.now()]
 
     def close(self) -> None:
         """Stop the threads and close the shards. A thread that hangs in the storage is left behind with its shard."""
@@ -171,17 +158,18 @@ class Reader:
         self._crew.close(_PATIENCE)
         self._fetcher.close(_PATIENCE)
 
-    def _gather(self, shards: Ints, rows: Ints, found: _Found, decode_check: bool, only: Sequence[int] = ()) -> None:
-        """Read the slots (or `only` some of them) that have no problem yet, on all threads."""
+    def _gather(self, shards: Ints, rows: Ints, found: Found, decode_check: bool) -> None:
+        """Read the slots that have no problem and no data yet, on all threads."""
         self._learn_quarantine()
-        if len(shards) == 1:
-            groups, slots, sorted_rows = [(int(shards[0]), 0, 1)], [0], [int(rows[0])]
-        else:
-            chosen = np.asarray(only, np.int64) if len(only) else np.arange(len(shards))
-            by_place = chosen[np.lexsort((rows[chosen], shards[chosen]))]
-            slots, sorted_rows, of = by_place.tolist(), rows[by_place].tolist(), shards[by_place]
-            starts = [0, *(np.flatnonzero(np.diff(of)) + 1).tolist()] if len(of) else []
-            groups = list(zip(of[starts].tolist(), starts, [*starts[1:], len(of)], strict=True))
+        chosen = np.arange(len(shards))
+        if any(problem is not None for problem in found.problems):
+            chosen = np.array([i for i in chosen if found.problems[i] is None and found.data[i] is None], np.int64)
+        by_place = chosen[np.lexsort((rows[chosen], shards[chosen]))]
+        slots, sorted_rows, of = by_place.tolist(), rows[by_place], shards[by_place]
+        if not len(of):
+            return
+        starts = [0, *(np.flatnonzero(np.diff(of)) + 1).tolist()]
+        groups = list(zip(of[starts].tolist(), starts, [*starts[1:], len(of)], strict=True))
         threads = min(self._crew.size, len(groups))
         work = partial(self._work, slots=slots, rows=sorted_rows, found=found, decode_check=decode_check)
         begin, waited = time.perf_counter(), [0.0] * threads
@@ -193,113 +181,28 @@ class Reader:
         groups: list[tuple[int, int, int]],
         *,
         slots: list[int],
-        rows: list[int],
-        found: _Found,
+        rows: Ints,
+        found: Found,
         decode_check: bool,
         waited: list[float],
         part: int,
     ) -> None:
-        """One thread's share of a batch: plan the runs, read them, check and hand out their samples."""
-        fetcher = self._fetcher
+        """One thread's part of a batch: (shard, from which of the sorted slots, to which)."""
+        fetcher, loop = self._fetcher, self._loop
         most = max(1, fetcher.most_open // 2)
         try:
             for first in range(0, len(groups), most):
-                lot, plan = groups[first : first + most], _Plan()
+                lot, share = groups[first : first + most], Share(fetcher, self._slabs, found, decode_check, loop)
                 for shard, a, b in lot:
-                    fetcher.begin(shard)
-                    self._plan(shard, slots[a:b], rows[a:b], found, plan)
-                slab = self._slabs.take(plan.size)
-                view = slab.data
-                begin = time.perf_counter()
-                got = self._read(plan, view)
-                waited[part] += time.perf_counter() - begin
-                self._hand_out(plan, got, slab, view, found, decode_check)
+                    share.add(shard, slots[a:b], rows[a:b], self._bad.get(shard))
+                share.read()
+                waited[part] += share.waited
                 if fetcher.crowded():
                     fetcher.thin([shard for shard, _, _ in lot])
         finally:
             fetcher.busy.pop(threading.get_ident(), None)
 
-    def _plan(self, shard: int, slots: list[int], rows: list[int], found: _Found, plan: _Plan) -> None:
-        """Add the samples of one shard; rows ascend."""
-        table, bad, problems = self.library.rows(shard), self._bad.get(shard, ()), found.problems
-        deep, offsets, lengths, widths = table.deep, table.offset, table.length, table.width
-        opened: Opened | None = None
-        gap = begin = end = 0  # of the run that is being put together, in the shard
-        base, number, pieces = plan.size, len(plan.runs), plan.pieces
-        for slot, row in zip(slots, rows, strict=True):
-            if problems[slot] is not None:
-                continue
-            if row in bad:
-                problems[slot] = _KNOWN
-                continue
-            start, length = offsets.item(row), lengths.item(row)
-            if deep:
-                from_ = start
-                if not widths.item(row):
-                    problems[slot] = "did not decode when it was indexed"
-                    continue
-            else:
-                # Without a checksum the tar's own header, just before the data, tells whether this still is the same.
-                from_ = max(0, start - BLOCK)
-            if opened is None:
-                opened = self._fetcher.open(shard)
-                gap, begin, end = opened.gap, from_, from_
-            elif not begin <= from_ <= end + gap:
-                plan.runs.append((opened, begin, base, end - begin))
-                base, number, begin, end = base + end - begin, number + 1, from_, from_
-            end = max(end, start + length)
-            pieces.append((slot, row, number, start, base + start - begin, length, table))
-        if opened is not None:
-            plan.runs.append((opened, begin, base, end - begin))
-            plan.size = base + end - begin
-
-    def _read(self, plan: _Plan, view: memoryview) -> list[int]:
-        """Fill the slab; where the bytes of each run end in it."""
-        fetcher, me, ends = self._fetcher, threading.get_ident(), []
-        shard, remote = -1, []
-        for opened, offset, base, size in plan.runs:
-            ends.append(base)
-            if opened.handle is None:
-                remote.append((len(ends) - 1, (opened, offset, view[base : base + size])))
-                continue
-            if opened.shard != shard:
-                shard = opened.shard
-                fetcher.busy[me] = ("read", shard, time.monotonic())
-            ends[-1] += fetcher.read_local(opened, offset, view[base : base + size])
-        if remote:
-            got = fetcher.read_remote([wanted for _, wanted in remote])
-            for (number, _), size in zip(remote, got, strict=True):
-                ends[number] += size
-        return ends
-
-    def _hand_out(
-        self, plan: _Plan, ends: list[int], slab: np.ndarray, view: memoryview, found: _Found, decode_check: bool
-    ) -> None:
-        """Check the samples and put them into their slots."""
-        problems, sizes, data, keys = found.problems, found.sizes, found.data, found.keys
-        for slot, row, run, offset, at, length, table in plan.pieces:
-            stop = at + length
-            if stop > ends[run]:
-                problems[slot] = f"truncated: {max(0, ends[run] - at)} of {length} bytes at offset {offset}"
-            elif table.deep:
-                crc = crc32(view[at:stop])
-                if crc != table.crc32.item(row):
-                    expected = table.crc32.item(row)
-                    problems[slot] = f"checksum {crc:08x} instead of {expected:08x} at offset {offset}"
-                sizes[slot] = (table.width.item(row), table.height.item(row))
-            elif offset >= BLOCK and member_size(view[at - BLOCK : at]) != length:
-                problems[slot] = f"no tar member of {length} bytes at offset {offset}"
-            else:
-                try:
-                    sizes[slot] = header_size(slab[at:stop])
-                except Damage as damage:
-                    problems[slot] = str(damage)
-            if problems[slot] is None:
-                data[slot], keys[slot] = slab[at:stop], table.keys[row]
-                if decode_check and not decodes(data[slot]):
-                    problems[slot] = "does not decode"
-
-    def _ask_again(self, shards: Ints, rows: Ints, found: _Found, decode_check: bool) -> None:
+    def _ask_again(self, shards: Ints, rows: Ints, found: Found, decode_check: bool) -> None:
         """What came wrong over a network, or out of the cache, may come right when it is fetched once more."""
         wrong = [slot for slot, problem in enumerate(found.problems) if isinstance(problem, str)]
         again = {shard: self._fetcher.mistrust(shard) for shard in {int(shards[slot]) for slot in wrong}}
@@ -307,7 +210,7 @@ class Reader:
         if wrong:
             for slot in wrong:
                 found.problems[slot] = None
-            self._gather(shards, rows, found, decode_check, wrong)
+            self._gather(shards, rows, found, decode_check)
             self.stats.refetched += sum(found.problems[slot] is None for slot in wrong)
 
     def _substitute(self, position: int, decode_check: bool) -> Sample:
@@ -317,12 +220,12 @@ class Reader:
             draws = integers(self.seed, [position], SUBSTITUTE, tried + _CANDIDATES, pool.samples)[0, tried:]
             shards, rows = pool.locate(draws)
             for i in np.flatnonzero(~self.order.removed(shards, rows)).tolist():
-                one, found = slice(i, i + 1), _Found(1)
+                one, found = slice(i, i + 1), Found(1)
                 self._gather(shards[one], rows[one], found, decode_check)
                 self._ask_again(shards[one], rows[one], found, decode_check)
                 place = (int(shards[i]), int(rows[i]))
                 if found.problems[0] is None:
-                    return Sample(found.data[0], found.keys[0], place, found.sizes[0])
+                    return Sample(found.data[0], found.keys[0], place, (int(found.sizes[0, 0]), int(found.sizes[0, 1])))
                 if isinstance(found.problems[0], str):
                     self._condemn(*place, found.problems[0])
             tried += _CANDIDATES

@@ -4,15 +4,20 @@ Without a filter there is nothing here. With one, an order runs over the selecte
 of the shards' sizes), and `select` finds the row that belongs to a rank. That takes a bit a sample, each shard padded
 to blocks of 512, and a directory of one uint32 a block: 1.0625 bits a sample, 133 MB for 1e9. A look-up bisects the
 shard's stretch of the directory and counts bits in one block: Jacobson's rank and select ("Space-efficient static
-trees and graphs", FOCS 1989) with the constants of a cache line.
+trees and graphs", FOCS 1989) with the constants of a cache line. Where the bits are many they lie in an unnamed file
+beside the system's other temporary ones, of which a look-up reads a block: then only the directory is in memory, 8 MB
+for 1e9, and the kernel keeps of the rest what is used, or gives it up.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +30,53 @@ from .where import Where, WhereError
 
 _WORDS = 8  # of 64 bits in a block
 _BLOCK = 64 * _WORDS
-_ROWS = 1 << 20  # rows whose columns are in memory at once
+_ROWS = 1 << 18  # rows whose columns are in memory at once
+_IN_MEMORY = 1 << 24  # bytes of bits that are kept there
+_PIECE = 1 << 20  # bytes that are written or read at a time
+
+
+class _Bits:
+    """Blocks of 64 bytes, `append`ed in order and then looked up: in memory, or in a file where they are many."""
+
+    def __init__(self, blocks: int) -> None:
+        self._file = tempfile.TemporaryFile() if blocks * _BLOCK // 8 > _IN_MEMORY else None  # noqa: SIM115
+        self._memory = np.zeros((0 if self._file else blocks, _WORDS), "<u8")
+        self._blocks, self._end = blocks, 0
+
+    @property
+    def nbytes(self) -> int:
+        return self._memory.nbytes
+
+    def append(self, blocks: NDArray[np.uint64]) -> None:
+        if self._file is None:
+            self._memory[self._end : self._end + len(blocks)] = blocks
+        else:
+            try:
+                self._file.write(blocks.data)
+                if self._end + len(blocks) == self._blocks:
+                    self._file.flush()
+            except OSError as error:
+                raise WhereError(
+                    f"where: its {self._blocks * _BLOCK // 8} bytes of bits cannot be kept in {tempfile.gettempdir()} "
+                    f"({error.strerror}): make room there, or name another folder in TMPDIR"
+                ) from error
+        self._end += len(blocks)
+
+    def blocks(self, numbers: Ints) -> NDArray[np.uint64]:
+        """uint64 [n, 8] of these blocks [n]."""
+        if self._file is None:
+            return self._memory[numbers]
+        handle, size = self._file.fileno(), _BLOCK // 8
+        read = b"".join([os.pread(handle, size, size * number) for number in numbers.tolist()])
+        return np.frombuffer(read, "<u8").reshape(-1, _WORDS)
+
+    def pieces(self, blocks: int) -> Iterator[Any]:
+        """The bytes of the first so many blocks."""
+        if self._file is None:
+            yield self._memory[:blocks].view(np.uint8).reshape(-1).data
+            return
+        for first in range(0, blocks * _BLOCK // 8, _PIECE):
+            yield os.pread(self._file.fileno(), min(_PIECE, blocks * _BLOCK // 8 - first), first)
 
 
 class Selection:
@@ -37,16 +88,17 @@ class Selection:
         self.unknown = 0  # rows that were left out because they lack a value that the filter asks for
         self.first = np.concatenate([[0], np.cumsum(-(-sizes // _BLOCK))]).astype(np.int64)  # block of each shard
         self.counts: Ints = np.zeros(len(sizes), np.int64)  # selected rows a shard
-        self.bits = np.zeros((int(self.first[-1]), _WORDS), "<u8")
-        self.directory = np.zeros(len(self.bits), np.uint32)  # selected rows of the shard that lie before each block
-        flat = self.bits.view(np.uint8).reshape(-1)
+        self.directory = np.zeros(int(self.first[-1]), np.uint32)  # selected rows of the shard before each block
+        self._bits = _Bits(int(self.first[-1]))
         for shard, mask in zip(range(len(sizes)), masks, strict=True):
             if mask.shape != (sizes[shard],):
                 raise WhereError(f"where: shard {shard} has {sizes[shard]} rows, but {mask.shape} were judged")
-            packed = np.packbits(mask, bitorder="little")
             start, stop = int(self.first[shard]), int(self.first[shard + 1])
-            flat[start * _BLOCK // 8 :][: len(packed)] = packed
-            ends = np.cumsum(np.bitwise_count(self.bits[start:stop]).sum(axis=1))
+            blocks = np.zeros((stop - start, _WORDS), "<u8")
+            packed = np.packbits(mask, bitorder="little")
+            blocks.view(np.uint8).reshape(-1)[: len(packed)] = packed
+            self._bits.append(blocks)
+            ends = np.cumsum(np.bitwise_count(blocks).sum(axis=1))
             if len(ends):
                 self.directory[start + 1 : stop] = ends[:-1]
                 self.counts[shard] = ends[-1]
@@ -58,8 +110,8 @@ class Selection:
 
     @property
     def nbytes(self) -> int:
-        """Memory of bits, directory and the tables of shards, in bytes."""
-        return self.bits.nbytes + self.directory.nbytes + self.first.nbytes + self.counts.nbytes
+        """Memory of bits (as far as they are there), directory and the tables of shards, in bytes."""
+        return self._bits.nbytes + self.directory.nbytes + self.first.nbytes + self.counts.nbytes
 
     def select(self, shard: ArrayLike, rank: ArrayLike) -> Ints:
         """Row int64 [n] of the `rank`-th selected sample (from 0) of each shard; both int64 [n], rank < counts."""
@@ -69,7 +121,7 @@ class Selection:
             middle = (low + high) // 2
             right = (self.directory[np.minimum(middle, len(self.directory) - 1)] <= rank) & (middle > low)
             low, high = np.where(right, middle, low), np.where(right, high, np.maximum(middle, low + 1))
-        block = self.bits[low]  # [n, 8]
+        block = self._bits.blocks(low)  # [n, 8]
         left = rank - self.directory[low]
         ends = np.cumsum(np.bitwise_count(block), axis=1, dtype=np.int64)
         word = (ends <= left[:, None]).sum(axis=1)
@@ -83,7 +135,8 @@ class Selection:
     def holds(self, shard: ArrayLike, row: ArrayLike) -> NDArray[np.bool_]:
         """Whether each row is selected: bool [n] for shard, row int64 [n]."""
         shard, row = np.asarray(shard, np.int64), np.asarray(row, np.int64)
-        word = self.bits[self.first[shard] + row // _BLOCK, row % _BLOCK // 64]
+        blocks = self._bits.blocks(self.first[shard] + row // _BLOCK)
+        word = blocks[np.arange(len(blocks)), row % _BLOCK // 64]
         return ((word >> (row % 64).astype(np.uint64)) & np.uint64(1)).astype(bool)
 
     def digest(self, shards: int | None = None) -> str:
@@ -94,7 +147,8 @@ class Selection:
         """
         shards = len(self.counts) if shards is None else shards
         state = hashlib.blake2b(self.counts[:shards].astype("<i8").tobytes(), digest_size=8)
-        state.update(self.bits[: int(self.first[shards])].view(np.uint8).reshape(-1).data)
+        for piece in self._bits.pieces(int(self.first[shards])):
+            state.update(piece)
         return state.hexdigest()
 
 

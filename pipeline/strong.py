@@ -1,7 +1,7 @@
 """Draws of the strong form: whose turn it is, RandAugment's operations with their arguments, and the erased box.
 
 The operations, their ranges and their order are timm's `_RAND_INCREASING_TRANSFORMS` (Cubuk et al. 2020), which Mugs
-takes over; where timm draws operations with replacement, Mugs does without. An argument is drawn as it is carried out,
+takes over (InfoMin: `_RAND_TRANSFORMS`); where timm draws operations with replacement, Mugs does without. An argument is drawn as it is carried out,
 sign included, so that an executor looks nothing up. Geometric operations act on the whole image, mirrored first where
 the crop is: a rotation turns about the centre, shears leave the top and the left edge where they are, as in PIL.
 Random erasing is timm's RandomErasing (Zhong et al. 2020): ten tries, none of them as wide or high as the crop.
@@ -79,7 +79,9 @@ def draw_strong(
         done = u[:, slot] < settings.chance[crop, slot]
         operation = np.where(done, chosen + 1, NONE).astype(np.int64)
         columns[:, 2 * slot] = operation
-        columns[:, 2 * slot + 1] = arguments(operation, magnitude[:, slot], u[:, 2 + slot] < 0.5)
+        columns[:, 2 * slot + 1] = arguments(
+            operation, magnitude[:, slot], u[:, 2 + slot] < 0.5, settings.increasing[crop]
+        )
 
     erased = np.flatnonzero(own[:, 3] < settings.erase[crop])
     if len(erased):
@@ -90,19 +92,26 @@ def draw_strong(
     return image, crop, columns
 
 
-def arguments(operation: NDArray[np.int64], magnitude: Floats, negative: NDArray[np.bool_]) -> Floats:
+def arguments(
+    operation: NDArray[np.int64],
+    magnitude: Floats,
+    negative: NDArray[np.bool_],
+    increasing: NDArray[np.bool_] | bool = True,
+) -> Floats:
     """What the operations of these numbers are carried out with at these magnitudes (0 ... 10): float64 as given.
 
     Degrees, bits kept, threshold, what is added, factor, tangent of the shear, share of the side; 0 where none is used.
+    increasing: timm's `_RAND_INCREASING_TRANSFORMS`, else its `_RAND_TRANSFORMS`, whose factors have no sign.
     """
     level, sign = magnitude / _TOP, np.where(negative, -1.0, 1.0)
     table = np.zeros((len(OPERATIONS) + 1, *operation.shape))
     for name, strongest in _SYMMETRIC.items():
         table[NUMBER[name]] = sign * level * strongest
     for name in _ENHANCE:
-        table[NUMBER[name]] = np.maximum(0.1, 1 + sign * level * 0.9)
-    table[NUMBER["Posterize"]] = 4 - np.floor(level * 4)
-    table[NUMBER["Solarize"]] = 256 - np.minimum(256, np.floor(level * 256))
+        table[NUMBER[name]] = np.where(increasing, np.maximum(0.1, 1 + sign * level * 0.9), level * 1.8 + 0.1)
+    bits, threshold = np.floor(level * 4), np.minimum(256, np.floor(level * 256))
+    table[NUMBER["Posterize"]] = np.where(increasing, 4 - bits, bits)
+    table[NUMBER["Solarize"]] = np.where(increasing, 256 - threshold, threshold)
     table[NUMBER["SolarizeAdd"]] = np.floor(level * 110)
     return np.take_along_axis(table, operation[None], 0)[0]
 

@@ -13,6 +13,12 @@ def _no_leaked_threads():
     assert not ours()
 
 
+@pytest.fixture(autouse=True)
+def _compiled(monkeypatch):
+    """Readers use the compiled loop from the first batch on; test_share.py holds the plain one to it."""
+    monkeypatch.setattr("gristmill.pipeline.reader._PLAIN", 1)
+
+
 @pytest.fixture
 def manifest(tmp_path):
     return write_data(tmp_path / "data")

@@ -115,6 +115,7 @@ def test_a_shard_replaced_by_another_of_its_size_is_noticed(tmp_path, quarantine
     manifest = write_data(tmp_path / "data", deep=False)
     shutil.copytree(manifest.root, tmp_path / "copy")
     about = manifest.path(1).stat()
+    manifest.identities = [*manifest.identities]
     manifest.identities[1] = f"{about.st_mtime_ns}+{about.st_size}"
     stream = Stream([Source.of(manifest)], 7, 3, 8)
     reader = Reader(manifest, quarantine, order=stream, seed=7, damage_bound=0.5)
@@ -128,6 +129,7 @@ def test_a_shard_replaced_by_another_of_its_size_is_noticed(tmp_path, quarantine
         read(manifest, stream, quarantine, np.arange(N))
     assert quarantine.count == 0
     copy = Manifest.open(tmp_path / "copy")
+    copy.identities = [*copy.identities]
     copy.identities[1] = "of another machine"
     assert not read(copy, Stream([Source.of(copy)], 7, 3, 8), quarantine, np.arange(N)).substituted.any()
 

@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 import pytest
-from gristmill.pipeline.masks import MaskConfig, draw_masks
+from gristmill.pipeline.masks import MaskConfig, draw_masks, draw_masks_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -110,6 +110,30 @@ def test_crops_positions_and_seeds_differ():
     masks = draw_masks(0, np.arange(50), range(2), (14, 14), ALWAYS).reshape(100, -1)
     assert len(np.unique(masks, axis=0)) == 100
     assert not np.array_equal(draw_masks(1, np.arange(50), range(2), (14, 14), ALWAYS).reshape(100, -1), masks)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**64 - 1),
+    first=st.integers(0, 2**62),
+    grid=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    share=st.tuples(st.floats(0, 0.5), st.floats(0, 1)),
+    aspect=st.tuples(st.floats(0.05, 1.5), st.floats(1.0, 10.0)),
+    tries=st.integers(1, 25),
+)
+def test_the_compiled_loops_lay_the_plain_forms_blocks(
+    seed: int,
+    first: int,
+    grid: tuple[int, int],
+    share: tuple[float, float],
+    aspect: tuple[float, float],
+    tries: int,
+):
+    spread, where = share
+    shares = [(spread + where * (1 - 2 * spread), spread)]
+    config = MaskConfig(shares=shares, aspect=(aspect[0], aspect[0] * aspect[1]), tries=tries)
+    call = seed, first + np.arange(6), [0, 3], grid, config
+    assert np.array_equal(draw_masks(*call), draw_masks_reference(*call))
 
 
 def test_the_masks_are_frozen():

@@ -210,7 +210,7 @@ def test_substitutes_do_not_depend_on_what_was_known(tmp_path_factory, known, cu
     quarantine = Quarantine(root / "b.jsonl")
     for i in known:
         shard, row = divmod(bad[i], PER_SHARD)
-        quarantine.add(manifest.urls[shard], row, manifest.rows(shard).keys[row], "known before")
+        quarantine.add(str(manifest.urls[shard]), row, str(manifest.rows(shard).keys[row]), "known before")
     reader = make_reader(manifest, quarantine, order=Order(manifest.counts, 5), threads=threads)
     parts = [reader.read(part) for part in np.split(np.arange(2 * N), sorted(set(cuts)))]
     reader.close()

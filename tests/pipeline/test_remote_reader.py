@@ -135,6 +135,7 @@ def test_a_quick_index_notices_a_small_shard_of_the_same_size(server, tmp_path):
     """Other members, same size of the tar: the etag and then the headers tell."""
     manifest = write_data(tmp_path / "quick", deep=False)
     remote = open_manifest(publish(server, manifest), tmp_path / "copy", policy=QUICK)
+    remote.identities = [*remote.identities]
     remote.identities[2] = "etag of another day"
     reader, got = read(remote, tmp_path)  # the headers are still those: a copy of the data set
     assert not got.substituted.any()

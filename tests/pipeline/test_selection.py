@@ -155,14 +155,21 @@ def test_no_text_does_anything_else(text):
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.integers(0, 1300), min_size=1, max_size=6), st.floats(0, 1), st.integers(0, 2**32 - 1))
-def test_select_finds_the_kth_row(sizes, share, seed):
-    """Against numpy's flatnonzero, with empty shards, empty blocks and full ones."""
+@given(
+    st.lists(st.integers(0, 1300), min_size=1, max_size=6), st.floats(0, 1), st.integers(0, 2**32 - 1), st.booleans()
+)
+def test_select_finds_the_kth_row(sizes, share, seed, in_a_file):
+    """Against numpy's flatnonzero, with empty shards, empty blocks and full ones, in memory and in a file."""
     draws = np.random.default_rng(seed)
     masks = [draws.random(n) < (share if draws.random() < 0.7 else round(share)) for n in sizes]
     for mask in masks:
         mask[: draws.integers(0, len(mask) + 1) // 2] &= draws.random() < 0.5
-    got = Selection(sizes, iter(masks))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_IN_MEMORY", -1 if in_a_file else 1 << 24)
+        got = Selection(sizes, iter(masks))
+    assert (got._bits.nbytes == 0) >= in_a_file
+    other = Selection(sizes, iter(masks))
+    assert [got.digest(n) for n in range(len(sizes) + 1)] == [other.digest(n) for n in range(len(sizes) + 1)]
     assert got.counts.tolist() == [int(mask.sum()) for mask in masks]
     shard = np.repeat(np.arange(len(sizes)), got.counts)
     rank = np.concatenate([np.arange(n) for n in got.counts])
@@ -171,6 +178,14 @@ def test_select_finds_the_kth_row(sizes, share, seed):
     assert np.array_equal(got.select(shard[mixed], rank[mixed]), expected[mixed])
     for s, mask in enumerate(masks):
         assert np.array_equal(got.holds(np.full(len(mask), s), np.arange(len(mask))), mask)
+
+
+def test_where_there_is_no_room_for_the_bits_it_is_said(monkeypatch):
+    monkeypatch.setattr(module, "_IN_MEMORY", -1)
+    full = Path("/dev/full").open("w+b", buffering=0)  # noqa: SIM115
+    monkeypatch.setattr(module.tempfile, "TemporaryFile", lambda: full)
+    with full, pytest.raises(WhereError, match=r"128 bytes of bits cannot be kept in .*No space left.*TMPDIR"):
+        Selection([600], iter([np.ones(600, bool)]))
 
 
 def test_it_costs_a_bit_a_sample():

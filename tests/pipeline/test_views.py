@@ -162,9 +162,9 @@ def test_a_set_of_views_is_the_callers_own():
         named_views("simcrl")
 
 
-def test_only_mugs_has_a_strong_form():
+def test_mugs_and_infomin_have_a_strong_form():
     strong = {name for name in GROUPS for v in named_views(name) if View.model_validate(v).strong}
-    assert strong == {"mugs"}
+    assert strong == {"mugs", "infomin"}
     teacher, large, local = (View.model_validate(v) for v in named_views("mugs"))
     assert teacher.strong is None
     assert (large.coin, large.weak_p, local.coin, local.weak_p) == ("image", 0.5, "crop", 0.5)
