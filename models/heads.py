@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
+from .prototypes import streamed_assignment
+
 
 def unit(x: Tensor) -> Tensor:
     """Rows [..., d] at length 1, in float32 at least: autocast gives bf16, whose lengths would be off by 1 in 200."""
@@ -78,9 +80,14 @@ class WeightNormLinear(nn.Module):
         start = torch.empty(rows, dim).uniform_(-(dim**-0.5), dim**-0.5, generator=torch.Generator().manual_seed(0))
         self.weight_v = nn.Parameter(start)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[n, dim] to [n, rows]."""
-        return linear(x, self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True)))
+    def forward(self, x: Tensor, targets: Tensor | None = None, temperature: float = 1.0) -> Any:
+        """[n, dim] to [n, rows]; with targets [G, B, rows], what `streamed_assignment` gives instead."""
+        if targets is not None:
+            return streamed_assignment(x, self.weight_v, self.weight_g, targets, temperature)
+        scale = self.weight_g / self.weight_v.norm(dim=1, keepdim=True)
+        if torch.is_grad_enabled():
+            return linear(x, self.weight_v * scale)
+        return linear(x, self.weight_v).mul_(scale.mT)  # few rows: scale these, and not all prototypes
 
 
 class PrototypeHead(nn.Module):
@@ -108,15 +115,23 @@ class PrototypeHead(nn.Module):
         if second is not None:
             self.last_layer2 = WeightNormLinear(bottleneck, second, train_norms=not norm_last_layer)
 
-    def forward(self, x: Tensor, patches: Tensor | None = None, chosen: Tensor | None = None) -> Any:
+    def forward(
+        self,
+        x: Tensor,
+        patches: Tensor | None = None,
+        chosen: Tensor | None = None,
+        targets: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> Any:
         """Features [n, dim] to logits [n, prototypes]; the temperature is the objective's.
 
+        With targets [G, B, prototypes] to the log-sum-exp and the agreement of `streamed_assignment`, and no logits.
         With patches [m, dim], also theirs: (logits, patch logits [m, K], their mean [1, K]). chosen [c]: indices of the
         patches whose logits are wanted, [c, K]; the mean is over all all the same. It is that of the unit vectors put
         through the last layer, which is linear: no [m, K] is made for it.
         """
         if patches is None:
-            return self.last_layer(unit(self.projector(x)))
+            return self.last_layer(unit(self.projector(x)), targets, temperature)
         vectors = unit(self.projector(torch.cat([x, patches])))
         rows, others = vectors[: len(x)], vectors[len(x) :]
         wanted = others if chosen is None else others[chosen]

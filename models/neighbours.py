@@ -64,19 +64,30 @@ class NeighbourBlock(nn.Module):
 
 
 @torch.no_grad()
-def search(query: Tensor, bank: Tensor, k: int, unit_bank: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def search(
+    query: Tensor, bank: Tensor, k: int, unit_bank: Tensor | None = None, norms: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The k rows of `bank` [K, d] nearest by cosine to each query [n, d]: indices [n, k], nearest first, and rows [n, k, d].
 
-    The rows come as they are in the bank, not normalised, and nothing here has a gradient. `unit_bank` is `bank` with rows
-    of length 1, where the caller keeps it; without it the bank is normalised here. Raises ValueError when k > K.
+    The rows come as they are in the bank, not normalised, and nothing here has a gradient. `norms` [K] are the rows'
+    lengths, where the caller keeps them; without them they are taken here. `unit_bank`: rows to compare with instead of
+    the bank's own. Raises ValueError when k > K.
     """
     if k > bank.shape[0]:
         raise ValueError(
             f"{k} neighbours asked of a memory of {bank.shape[0]} rows; lower `neighbours` or enlarge the memory"
         )
-    unit_bank = normalize(bank, dim=-1) if unit_bank is None else unit_bank
+    rows = bank if unit_bank is None else unit_bank
+    if unit_bank is not None:
+        norms = None
+    else:
+        norms = (torch.linalg.vector_norm(bank, dim=1) if norms is None else norms).clamp_min(1e-12)
     # Autocast would compare in bf16, in which the nearest rows of a large memory are ties.
     with torch.autocast(query.device.type, enabled=False):
-        parts = normalize(query.to(unit_bank.dtype), dim=-1).split(max(1, _SEARCH_CELLS // len(bank)))
-        index = torch.cat([(part @ unit_bank.mT).topk(k, dim=-1).indices for part in parts])
+        found = []
+        for part in normalize(query.to(rows.dtype), dim=-1).split(max(1, _SEARCH_CELLS // len(bank))):
+            cosine = part @ rows.mT
+            # The length of a row belongs to a column of products: no second, normalised copy of the memory.
+            found.append((cosine if norms is None else cosine.div_(norms)).topk(k, dim=-1).indices)
+        index = torch.cat(found)
     return index, bank[index]

@@ -9,6 +9,7 @@ its own batch, and its running statistics come of these, by `merge_statistics`; 
 import copy
 
 from .heads import ProjectionHead
+from .mlp import MlpHead
 from .student import Student
 
 
@@ -22,6 +23,6 @@ def make_teacher(student: Student) -> Student:
     teacher.config = student.config.model_copy(update={"drop_path": 0.0})
     teacher.backbone.mask_token = None
     for head in teacher.heads.values():
-        if isinstance(head, ProjectionHead):
+        if isinstance(head, ProjectionHead | MlpHead):
             head.predictor = None
     return teacher.requires_grad_(False).train()

@@ -7,7 +7,6 @@ numbers that come in, so that a resumed run and any split over ranks drop the sa
 block does, it does in its own forward: blocks are what is recomputed, compiled and gathered one by one.
 """
 
-import hashlib
 import importlib.util
 import math
 import os
@@ -23,21 +22,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .batch_norm import BatchNorm
+from .block import ScaledBlock
+from .initial import generator
 
 PosInterp = Literal["official", "timm"]
-
-
-class ScaledBlock(Block):
-    """timm's pre-norm block, whose branches may count for more or less of each sample."""
-
-    def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, scale: Tensor | None = None
-    ) -> Tensor:
-        """Tokens [n, t, d] to [n, t, d]. scale [n, 2]: factors of what attention and MLP add; None: 1."""
-        if scale is None:
-            return super().forward(x, attn_mask, is_causal)
-        x = x + scale[:, 0, None, None] * self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal))
-        return x + scale[:, 1, None, None] * self.ls2(self.mlp(self.norm2(x)))
 
 
 class Backbone(VisionTransformer):
@@ -46,6 +34,7 @@ class Backbone(VisionTransformer):
     pos_interp: PosInterp = "official"
     heads: int  # of each block's attention
     mask_token: nn.Parameter | None  # [1, d], what stands for a hidden patch; only where a student learns by masks
+    stride: int  # pixels a side of a patch
     # Keep only each block's input for the backward and compute the block once more there: less memory for a third more
     # arithmetic, the same bits.
     recompute: bool = False
@@ -58,9 +47,21 @@ class Backbone(VisionTransformer):
         assert self.cls_token is not None
         assert self.pos_embed is not None
         embedding = resize_pos_embed(self.pos_embed, height, width)
+        if not isinstance(self.pos_embed, nn.Parameter):  # a buffer stays fp32, whatever the weights are
+            embedding = embedding.to(x.dtype)
         # Add before joining: one pass over the patches instead of two.
         first = (self.cls_token + embedding[:, :1]).expand(n, -1, -1)
         return torch.cat([first, x.reshape(n, height * width, dim) + embedding[:, 1:]], dim=1)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Patches of images of so many pixels."""
+        return height // self.stride, width // self.stride
+
+    def _embed(self, x: Tensor) -> Tensor:
+        weight = self.patch_embed.proj.weight
+        if isinstance(weight, nn.Parameter):
+            return self.patch_embed(x)
+        return self.patch_embed(x.to(weight.dtype)).to(x.dtype)  # frozen weights are buffers, and those stay fp32
 
     def forward(self, x: Tensor, branch_scale: Tensor | None = None, masks: Tensor | None = None) -> Tensor:
         """Images [n, 3, H, W] to tokens [n, 1 + P, d] BEFORE the last LayerNorm (`self.norm`), class token first.
@@ -69,7 +70,7 @@ class Backbone(VisionTransformer):
         None leaves them whole. masks [n, h, w] bool hide patches: the mask token takes the place of what was embedded,
         and keeps the patch's position (iBOT, arXiv 2111.07832). H and W must be multiples of the patch size.
         """
-        patches = self.patch_embed(x)
+        patches = self._embed(x)
         if masks is not None:
             assert self.mask_token is not None
             # Also where nothing is hidden, so that the token has a gradient on every rank.
@@ -82,7 +83,7 @@ class Backbone(VisionTransformer):
         for block, scale in zip(self.blocks, scales, strict=True):
             if recompute:
                 # Blocks draw nothing, so there is no generator to put back.
-                x = checkpoint(block, x, **scale, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, **scale, lean=False, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, **scale)
         return x
@@ -140,7 +141,7 @@ def build_backbone(
         )
     backbone.heads = block.attn.num_heads
     backbone.register_parameter("mask_token", None)
-    backbone.pos_interp = pos_interp
+    backbone.pos_interp, backbone.stride = pos_interp, patch
     init_weights(backbone, seed, "backbone", linear_std=linear_std)
     return backbone
 
@@ -222,18 +223,14 @@ def init_weights(
     """
     for prefix, part in module.named_modules():
         for key, parameter in part.named_parameters(recurse=False):
-            generator = torch.Generator().manual_seed(_key(f"{seed}/{name}/{prefix}.{key}"))
+            draws = generator(f"{seed}/{name}/{prefix}.{key}")
             if key == "weight_g" or (isinstance(part, nn.LayerNorm | BatchNorm) and key == "weight"):
                 nn.init.ones_(parameter)
             elif key == "bias" and not default_linear and not isinstance(part, nn.Conv2d):
                 nn.init.zeros_(parameter)
             elif key == "weight_v" or isinstance(part, nn.Conv2d) or default_linear:
                 bound = 1.0 / math.sqrt(dict(part.named_parameters())[key.replace("bias", "weight")][0].numel())
-                nn.init.uniform_(parameter, -bound, bound, generator=generator)
+                nn.init.uniform_(parameter, -bound, bound, generator=draws)
             else:
                 linear = isinstance(part, nn.Linear)
-                nn.init.trunc_normal_(parameter, std=linear_std if linear else 0.02, generator=generator)
-
-
-def _key(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+                nn.init.trunc_normal_(parameter, std=linear_std if linear else 0.02, generator=draws)

@@ -3,12 +3,21 @@
 import copy
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from gristmill.models.vit import Backbone, branch_scales, build_backbone, compile_blocks, resize_pos_embed, tokens
+from gristmill.models.block import ScaledBlock
+from gristmill.models.vit import (
+    Backbone,
+    branch_scales,
+    build_backbone,
+    compile_blocks,
+    resize_pos_embed,
+    tokens,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
@@ -161,7 +170,65 @@ def test_recomputation_changes_no_bit(scaled: bool, bf16: bool):
     assert sorted(seen) == sorted([0, 1, 2] * 4), "each block twice a size: forward, and once more in the backward"
 
 
-def test_recomputation_keeps_less_and_only_for_a_backward():
+def reference(block: ScaledBlock, x: Tensor, scale: Tensor) -> Tensor:
+    """A block as timm has it, each branch times its factor."""
+    x = x + scale[:, 0, None, None] * block.attn(block.norm1(x))
+    return x + scale[:, 1, None, None] * block.mlp(block.norm2(x))
+
+
+@pytest.mark.parametrize(
+    "factors", [[[0, 2], [2, 0], [2, 2]], [[1.5, 1], [0.5, 3], [0, 2]], [[0, 0]] * 3, [[2, 2]] * 3]
+)
+def test_a_block_computes_what_counts_and_equals_the_plain_one(factors: list[list[float]]):
+    block = build_backbone("vit_tiny_patch16_224", **SMALL, linear_std=0.2).double().blocks[1]
+    assert isinstance(block, ScaledBlock)
+    scale, x = torch.tensor(factors, dtype=torch.float64), torch.randn(3, 7, 48, dtype=torch.float64)
+    seen: list[int] = []
+    block.attn.qkv.register_forward_hook(lambda module, args, out: seen.append(len(out)))
+    found = []
+    for form in (lambda x: block(x, scale=scale), lambda x: reference(block, x, scale)):
+        given = x.clone().requires_grad_()
+        block.zero_grad()
+        (form(given) ** 2).sum().backward()
+        found.append([form(given).detach(), given.grad, *(p.grad for p in block.parameters())])
+        block.zero_grad()
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    assert seen[0] == (2 if factors[0] == [0, 2] else 3)
+    with pytest.raises(ValueError, match="all tokens"):
+        block(x, is_causal=True)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_forgetting_changes_no_bit_and_keeps_less(scaled: bool, bf16: bool, monkeypatch: pytest.MonkeyPatch):
+    backbone = build_backbone("vit_tiny_patch16_224", **SMALL)
+    weights, kept = {p.untyped_storage().data_ptr() for p in backbone.parameters()}, {}
+
+    def note(kept_by: Any) -> Any:
+        if isinstance(kept_by, Tensor) and kept_by.untyped_storage().data_ptr() not in weights:
+            storage = kept_by.untyped_storage()
+            kept[storage.data_ptr()] = (storage.nbytes(), kept_by)  # alive, so that no address comes twice
+        return kept_by
+
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    monkeypatch.setattr(
+        "gristmill.models.lean.saved_tensors_hooks", lambda pack, unpack: hooks(lambda t: note(pack(t)), unpack)
+    )
+    found, sizes = [], []
+    for lean in (True, False):
+        if not lean:
+            monkeypatch.setattr("gristmill.models.block.forgetting", lambda *_: nullcontext())
+        with hooks(note, lambda t: t):
+            found.append(learn(backbone, scaled, bf16))
+        sizes.append(sum(size for size, _ in kept.values()))
+        kept.clear()
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert sizes[0] < (0.9 if bf16 else 0.75) * sizes[1]  # bf16 copies of the weights count, too
+
+
+def test_recomputation_keeps_less_and_only_for_a_backward(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("gristmill.models.block.forgetting", lambda *_: nullcontext())  # it keeps past these hooks
     backbone = build_backbone("vit_tiny_patch16_224", **SMALL)
     x = crops(False)[0][0]
 

@@ -204,7 +204,7 @@ def changed(**values: Any) -> dict[str, Any]:
 
 BAD = {
     "holds a Tensor": lambda: torch.ones(3),
-    "nothing in it matches a ViT .* it holds conv1.weight": lambda: {"conv1.weight": torch.ones(3)},
+    "nothing in it matches a ViT .* or a ResNet .* it holds stages.0.weight": lambda: {"stages.0.weight": torch.ones(3)},
     "holds nothing": dict,
     "incomplete: it lacks norm.weight": lambda: changed(norm__weight=None),
     "incomplete: it lacks patch_embed": lambda: changed(pos_embed=None),
