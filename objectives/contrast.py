@@ -1,4 +1,4 @@
-"""InfoNCE against a queue, streamed: the loss of Mugs' instance and local-group supervision (section 1.2 of the notes).
+"""InfoNCE against a queue, streamed: the loss of MoCo and of Mugs' instance and local groups (section 1.2 of the notes).
 
 With the logits of one positive and K negatives the cross-entropy is `softplus(lse - positive)`, where `lse` is the
 log-sum-exp over the negatives alone. So each student crop meets the queue once, however many teacher views it is
@@ -16,11 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..models.prototypes import rows_in_block
 from .protocol import images_of, pair_weights
-
-# Numbers in one block of logits. On a CPU a block should stay in the last-level cache; a GPU wants few large launches.
-BLOCK_NUMBERS = {"cpu": 1 << 19}
-BLOCK_NUMBERS_ELSEWHERE = 1 << 25
 
 
 class _StreamedLogSumExp(torch.autograd.Function):
@@ -35,7 +32,7 @@ class _StreamedLogSumExp(torch.autograd.Function):
             count * min(block, total)
         )  # reused: fresh pages for each block would cost more than exp
         for start in range(0, total, block):
-            rows = queue[start : start + block]
+            rows = queue[start : start + block].to(scaled.dtype)  # no copy but of a memory kept in another type
             logits = room[: count * rows.shape[0]].view(count, rows.shape[0])
             torch.mm(scaled, rows.t(), out=logits)
             higher = torch.maximum(top, logits.amax(1, keepdim=True))
@@ -63,12 +60,11 @@ def streamed_logsumexp(
 ) -> tuple[Tensor, Tensor]:
     """`logsumexp(queries @ queue.T / temperature, 1)` and the row maxima, both [N], without the [N, K] product.
 
-    queries [N, D] and queue [K, D] share a dtype. Only the first result has a gradient, and only for the queries.
-    `block`: queue rows at a time.
+    queries [N, D] and queue [K, D]; sums are in the queries' type. Only the first result has a gradient, and only for the
+    queries. `block`: queue rows at a time.
     """
     if block is None:
-        numbers = BLOCK_NUMBERS.get(queries.device.type, BLOCK_NUMBERS_ELSEWHERE)
-        block = max(64, numbers // max(1, queries.shape[0]))
+        block = rows_in_block(len(queries), queries.device.type)
     return _StreamedLogSumExp.apply(queries, queue.detach(), 1.0 / temperature, block)  # type: ignore[return-value]
 
 
@@ -89,14 +85,16 @@ def contrast(
     student_globals: int,
     teacher_crops: int,
     temperature: float,
+    same: bool = True,
     block: int | None = None,
 ) -> Contrast:
     """InfoNCE of student [C*B, D] against teacher [G*B, D] (crop-major, unit rows), negatives queue [K, D].
 
-    Terms and weights are `pair_weights`'. Gradient flows to the student only. ValueError when shapes disagree.
+    Terms and weights are `pair_weights`', which leaves out j = i if `same`. Gradient flows to the student only.
+    ValueError when shapes disagree.
     """
     batch = images_of(student, teacher, student_crops, teacher_crops)
-    weights = student.new_tensor(pair_weights(teacher_crops, student_crops, student_globals))
+    weights = student.new_tensor(pair_weights(teacher_crops, student_crops, student_globals, same=same))
     crops = student.view(student_crops, batch, -1)
     positive = torch.einsum("gbd,cbd->gcb", teacher.detach().view(teacher_crops, batch, -1), crops)
     lse, top = (t.view(student_crops, batch) for t in streamed_logsumexp(student, queue, temperature, block))
@@ -122,9 +120,10 @@ def info_nce_reference(
     student_globals: int,
     teacher_crops: int,
     temperature: float,
+    same: bool = True,
 ) -> Tensor:
     """The same number written from the formula, one [B, K + 1] cross-entropy for each pair of crops."""
-    weights = pair_weights(teacher_crops, student_crops, student_globals)
+    weights = pair_weights(teacher_crops, student_crops, student_globals, same=same)
     loss = student.new_zeros(())
     for i, t in enumerate(teacher.detach().chunk(teacher_crops)):
         for j, s in enumerate(student.chunk(student_crops)):

@@ -18,7 +18,7 @@ from torch import Tensor
 from .centre import Centred
 from .koleo import koleo
 from .protocol import Outcome, StepInfo
-from .prototypes import Targets, group_cross_entropy, teacher_targets
+from .prototypes import Targets, group_cross_entropy, streamed_cross_entropy, teacher_targets
 from .sinkhorn import sinkhorn_offsets
 from .temperature import warm_temperature
 
@@ -70,6 +70,11 @@ class GroupConfig(BaseModel):
         """Whether an image's loss depends on which others share its batch."""
         return self.balance == "sinkhorn" or self.koleo > 0
 
+    @property
+    def over_ranks_batch(self) -> bool:
+        """Whether it depends on which images share a forward, and so on the number of processes."""
+        return self.over_batch and not self.virtual_batch
+
     def teacher_temperature_at(self, progress: float) -> float:
         """In the share of the run that is done. See `warm_temperature`."""
         return warm_temperature(self.teacher_temperature, self.warmup, progress, self.epochs)
@@ -78,6 +83,7 @@ class GroupConfig(BaseModel):
 class GroupObjective(Centred):
     """Cross-entropy on the outputs "group": student logits [C*B, K], teacher logits [G*B, K], crop-major.
 
+    Or, without the student's logits, on its "group.lse" and "group.agreement" with the teacher's `aims`.
     With KoLeo also on the student's "class_token" [C*B, d].
     """
 
@@ -94,48 +100,66 @@ class GroupObjective(Centred):
         super().__init__(prototypes, config.center_momentum, dtype=dtype, device=device)
         self.config = config
 
-    def loss(self, student: dict[str, Tensor], teacher: dict[str, Tensor], info: StepInfo) -> Outcome:
-        """Carries the mean of this rank's teacher logits [1, K] for the centre. ValueError when shapes disagree.
+    @torch.no_grad()
+    def aims(self, teacher: dict[str, Tensor], info: StepInfo) -> dict[str, Tensor]:
+        """The teacher's assignments and their temperature, for a student that streams its prototypes, and their health.
 
-        With `balance: sinkhorn` and no virtual batch this is collective: every rank must call it.
+        "group.targets" [G, B, K], "group.temperature" [] of the student, on the host. Collective where `loss` is.
         """
         config, virtual = self.config, self.config.virtual_batch
         if virtual and info.batch % virtual:
             raise ValueError(
                 f"{self.name}: virtual_batch {virtual} does not divide the {info.batch} images of one forward"
             )
-        temperature = config.teacher_temperature_at(info.progress)
-        given, logits = info.outputs(self.name, student, teacher)
-        logits = logits.detach()
+        logits = info.output(self.name, "teacher", teacher)
         if logits.shape[1] != self.center.shape[1]:
             raise ValueError(
                 f"{self.name}: {logits.shape[1]} teacher logits for {self.center.shape[1]} prototypes; build head and "
                 f"objective from one recipe"
             )
         with torch.autocast(logits.device.type, enabled=False):
-            targets = self._targets(logits, temperature, info)
-            loss = group_cross_entropy(
-                given,
-                targets.probabilities,
-                student_crops=info.student_crops,
-                student_globals=info.student_globals,
-                teacher_crops=info.teacher_crops,
-                temperature=config.student_temperature,
-                equal=config.form == "dino",
+            targets = self._targets(logits, config.teacher_temperature_at(info.progress), info)
+        return {
+            f"{self.name}.targets": targets.probabilities.view(info.teacher_crops, info.batch, -1),
+            f"{self.name}.temperature": torch.tensor(config.student_temperature, dtype=torch.float64),
+            f"{self.name}.entropy_ratio": targets.entropy_ratio,
+            f"{self.name}.batch_entropy_ratio": targets.batch_entropy_ratio,
+        }
+
+    def loss(self, student: dict[str, Tensor], teacher: dict[str, Tensor], info: StepInfo) -> Outcome:
+        """Carries the mean of this rank's teacher logits [1, K] for the centre. ValueError when shapes disagree.
+
+        With `balance: sinkhorn` and no virtual batch this is collective, unless `teacher` has the `aims`.
+        """
+        config, crops = self.config, {"student_crops": info.student_crops, "teacher_crops": info.teacher_crops}
+        how = {**crops, "student_globals": info.student_globals, "equal": config.form == "dino"}
+        streamed = f"{self.name}.lse" in student
+        given = None if streamed else info.output(self.name, "student", student)
+        logits = info.output(self.name, "teacher", teacher).detach()
+        if streamed and f"{self.name}.targets" not in teacher:
+            raise ValueError(
+                f"{self.name}: the student was shown assignments that are missing here; add what `aims` gave"
             )
+        aims = teacher if f"{self.name}.targets" in teacher else self.aims(teacher, info)
+        with torch.autocast(logits.device.type, enabled=False):
+            if given is None:
+                loss = streamed_cross_entropy(student[f"{self.name}.lse"], student[f"{self.name}.agreement"], **how)
+            else:
+                targets = aims[f"{self.name}.targets"].flatten(0, 1)
+                loss = group_cross_entropy(given, targets, temperature=config.student_temperature, **how)
             mean = logits.mean(0, keepdim=True, dtype=self.center.dtype)
             logs: dict[str, Tensor | float] = {}
             if config.koleo:
                 globals_ = student["class_token"][: info.student_globals * info.batch].to(self.center.dtype)
-                spread = koleo(globals_, virtual or info.batch)
+                spread = koleo(globals_, config.virtual_batch or info.batch)
                 logs[f"{self.name}/koleo"] = spread.detach()
                 loss = loss + config.koleo * spread
         logs |= {
             f"loss/{self.name}": loss.detach(),
-            f"{self.name}/teacher_entropy_ratio": targets.entropy_ratio,
-            f"{self.name}/batch_entropy_ratio": targets.batch_entropy_ratio,
+            f"{self.name}/teacher_entropy_ratio": aims[f"{self.name}.entropy_ratio"],
+            f"{self.name}/batch_entropy_ratio": aims[f"{self.name}.batch_entropy_ratio"],
             f"{self.name}/center_norm": torch.linalg.vector_norm(self.center),
-            f"{self.name}/teacher_temperature": temperature,
+            f"{self.name}/teacher_temperature": config.teacher_temperature_at(info.progress),
         }
         return Outcome(loss, logs, {"mean": mean})
 

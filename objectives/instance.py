@@ -1,11 +1,15 @@
-"""Instance discrimination: the finest granularity of Mugs (IDS).
+"""Instance discrimination: the finest granularity of Mugs (IDS), and MoCo v1 and v2 themselves.
 
 Every student crop must find its own image's teacher crop among the teacher projections of earlier steps (a MoCo
 queue). Values and order of events follow the official code (section 1.2 of the notes on it): both teacher views see
-the queue as it was before the step, afterwards view 0 of all images is enqueued, then view 1.
+the queue as it was before the step, afterwards view 0 of all images is enqueued, then view 1. MoCo (arXiv 1911.05722,
+2003.04297; facebookresearch/moco, moco/builder.py) has one query crop and one key crop, so its one pair is j = i. It
+moves the teacher before the pass over the keys, which is where a teacher moved after the last step stands.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -21,8 +25,15 @@ class InstanceConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    queue: int = Field(default=65536, ge=1)  # teacher projections kept as negatives; Mugs: 65536
-    temperature: float = Field(default=0.2, gt=0)  # of all logits; Mugs: 0.2
+    queue: int = Field(default=65536, ge=1)  # teacher projections kept as negatives; Mugs, MoCo v1, v2: 65536
+    temperature: float = Field(default=0.2, gt=0)  # of all logits; Mugs, MoCo v2: 0.2, MoCo v1: 0.07
+    # mugs: teacher crop i with every student crop but j = i, whether or not they are the same crop. all: every pair of
+    # different crops, so that j = i counts where student and teacher see crops of their own (MoCo v1, v2).
+    pairs: Literal["mugs", "all"] = "mugs"
+
+    def same(self, same_views: bool) -> bool:
+        """Whether pairs j = i are left out; `same_views`: the student's global crop i is the teacher's crop i."""
+        return self.pairs == "mugs" or same_views
 
 
 class InstanceObjective:
@@ -63,6 +74,7 @@ class InstanceObjective:
                 student_globals=info.student_globals,
                 teacher_crops=info.teacher_crops,
                 temperature=self.config.temperature,
+                same=self.config.same(info.same_views),
             )
         logs: dict[str, Tensor | float] = {
             f"loss/{self.name}": result.loss.detach(),

@@ -89,12 +89,12 @@ class LocalGroupObjective:
         return self._contrast.queue
 
     def context(self) -> dict[str, Tensor]:
-        """The student's memory: `local_group.bank` [memory, features], and its rows at unit norm, `local_group.unit_bank`."""
-        return {"local_group.bank": self.student.rows, "local_group.unit_bank": self.student.unit_rows}
+        """The student's memory: `local_group.bank` [memory, features], and the lengths of its rows, `local_group.norms`."""
+        return {"local_group.bank": self.student.rows, "local_group.norms": self.student.norms}
 
     def teacher_context(self) -> dict[str, Tensor]:
         """The teacher's memory under the same names."""
-        return {"local_group.bank": self.teacher.rows, "local_group.unit_bank": self.teacher.unit_rows}
+        return {"local_group.bank": self.teacher.rows, "local_group.norms": self.teacher.norms}
 
     def loss(self, student: dict[str, Tensor], teacher: dict[str, Tensor], info: StepInfo) -> Outcome:
         """The contrast's outcome, with rows of global crop 0 [B, features] for both memories and the weak flags [B]."""
@@ -139,8 +139,8 @@ class LocalGroupObjective:
     def _neighbours(self, rows: Tensor) -> dict[str, Tensor | float]:
         """Signs of a healthy memory: cosine to the nearest rows, and the share of distinct slots among them."""
         with torch.autocast(rows.device.type, enabled=False):
-            cosine = F.normalize(rows[:HEALTH_IMAGES], dim=1) @ self.student.unit_rows.T
-            nearest = cosine.topk(self.config.neighbours, dim=1)
+            cosine = F.normalize(rows[:HEALTH_IMAGES], dim=1) @ self.student.rows.T
+            nearest = cosine.div_(self.student.norms.clamp_min(1e-12)).topk(self.config.neighbours, dim=1)
         seen = rows.new_zeros(self.student.capacity)
         seen[nearest.indices.flatten()] = 1
         return {

@@ -1,6 +1,6 @@
 """A ring of rows that outlives the step: negatives of a contrastive loss, or features to search for neighbours.
 
-New rows overwrite the oldest. Norms and unit rows are renewed around the written slots only, so that a search does not
+New rows overwrite the oldest. Norms are renewed around the written slots only, so that a search does not
 normalise the whole memory each time (the official Mugs code does), and in windows of fixed place and size: a kernel
 may sum a row in another order when it gets other numbers of rows, and a resumed run must find the same bits.
 `compat` gives the official pointer, which moves by 2n after n rows unless the write wrapped (section 1.3 of the notes
@@ -53,30 +53,17 @@ class RingMemory:
         self._written = written
         self.filled = int((written >= 0).sum())  # slots that hold a real row
         self._stamps = int(written.clamp(min=0).sum())  # sum of the filled slots' steps
+        self._added = int((written == written.max()).sum()) if self.filled else 0  # rows of the last enqueue
         self._real = (written >= 0).to(self.rows.dtype).to(self.rows.device)
         self._norms: Tensor | None = None
-        self._unit_rows: Tensor | None = None
 
     @property
     def capacity(self) -> int:
         return self.rows.shape[0]
 
     @property
-    def unit_rows(self) -> Tensor:
-        """`rows` with unit norm [capacity, dim]; read only. Costs a second copy of a memory that is not `unit`."""
-        unit_rows = self.rows if self.unit else self._unit_rows
-        if unit_rows is None:
-            unit_rows = self._unit_rows = torch.empty_like(self.rows)
-            self._norms = None
-        self._renew_all()
-        return unit_rows
-
-    @property
     def norms(self) -> Tensor:
         """Norm of each row [capacity]; read only."""
-        return self._renew_all()
-
-    def _renew_all(self) -> Tensor:
         norms = self._norms
         if norms is None:
             norms = self._norms = self.rows.new_empty(self.capacity)
@@ -84,15 +71,13 @@ class RingMemory:
         return norms
 
     def _renew(self, start: int, stop: int) -> None:
-        """Bring norms and unit rows up to date in all windows that slots [start, stop) touch."""
+        """Bring norms up to date in all windows that slots [start, stop) touch."""
         if self._norms is None:
             return
         for first in range(start // WINDOW * WINDOW, stop, WINDOW):
             window = slice(first, first + WINDOW)
             rows = self.rows[window]
-            norms = self._norms[window] = torch.linalg.vector_norm(rows, dim=1)
-            if self._unit_rows is not None:
-                torch.div(rows, norms.clamp_min(1e-12).unsqueeze(1), out=self._unit_rows[window])
+            self._norms[window] = torch.linalg.vector_norm(rows, dim=1)
 
     def check(self, count: int, dim: int) -> None:
         """Raise ValueError unless rows [count, dim] can be enqueued at once."""
@@ -120,19 +105,30 @@ class RingMemory:
             self._real[slots] = 1
             self.rows[slots] = part
             self._renew(slots.start, slots.stop)
+        self._added = count or self._added
         wrapped = self.pointer + count > capacity
         self.pointer = (self.pointer + (2 * count if self.compat and not wrapped else count)) % capacity
         self.step += 1
 
     def stats(self) -> dict[str, Tensor | float]:
-        """`fill` (share of slots), `age` (mean, in enqueues, of the filled slots), `norm` (their mean row norm)."""
+        """`fill` (share of slots), `age` (mean, in enqueues, of the filled slots), `norm` (their mean row norm).
+
+        `nonfinite`: rows with a number that is not finite, which must be none. `expected_age`: what the age settles at
+        once the memory is full and each enqueue brings as many rows as the last one; not there where that is unknown.
+        """
         if not self.filled:
             return {"fill": 0.0, "age": 0.0, "norm": 0.0}
-        return {
+        found = {
             "fill": self.filled / self.capacity,
             "age": self.step - self._stamps / self.filled,
             "norm": torch.dot(self.norms, self._real) / self.filled,
+            "nonfinite": (~torch.isfinite(self.norms)).sum(),
         }
+        # The official pointer passes over as many slots as it fills: always the same ones, if they come out even.
+        passed = self._added * (1 + (self.compat and self._added < self.capacity))
+        if not self.compat or self.capacity % passed == 0:
+            found["expected_age"] = (self.capacity / passed + 1) / 2
+        return found
 
     def logs(self) -> dict[str, Tensor | float]:
         """`stats` under the names of the run's log, `memory/<name>/fill` and so on."""

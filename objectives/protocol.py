@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -34,30 +34,41 @@ class StepInfo:
     )
     # Rows [n, ...] of every rank in the order of the positions, [ranks * n, ...]; None: this rank is all there is.
     gather: Callable[[Tensor], Tensor] | None = None
+    rank: int = 0
+    world: int = 1
+    index: Tensor | None = None  # [batch] int64, on the host: the image's number in the data set, shard by shard
+    images: int = 0  # how many images the data set has, which is what `index` counts
+    # [crops * batch, 2, 3] float, on the host: crop pixel (x, y, 1) to pixel of the upright source; the student's globals.
+    student_geometry: Tensor | None = None
+    teacher_geometry: Tensor | None = None
+    global_size: int = 0  # pixels a side of the student's global crops
+    teacher_size: int = 0  # pixels a side of the teacher's crops
 
-    def pair_weights(self, equal: bool = False) -> list[list[float]]:
-        """`[teacher_crops][student_crops]` weights of the terms, summing to one; 0 where j = i. See `pair_weights`."""
-        return pair_weights(self.teacher_crops, self.student_crops, self.student_globals, equal)
+    def pair_weights(self, equal: bool = False, same: bool = True) -> list[list[float]]:
+        """`[teacher_crops][student_crops]` weights of the terms, summing to one. See `pair_weights`."""
+        return pair_weights(self.teacher_crops, self.student_crops, self.student_globals, equal, same)
 
     def outputs(self, name: str, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """What both networks give out under `name`: [student_crops * batch, ...] and [teacher_crops * batch, ...].
 
         ValueError, naming the network and the remedy, when one lacks it or has other rows.
         """
-        found = []
-        for who, side, crops in (("student", student, self.student_crops), ("teacher", teacher, self.teacher_crops)):
-            if name not in side:
-                raise ValueError(
-                    f"objective {name}: the {who} gives no {name!r}, only {', '.join(side) or 'nothing'}; build it with "
-                    f"{name} among student.objectives"
-                )
-            if len(side[name]) != crops * self.batch:
-                raise ValueError(
-                    f"objective {name}: {len(side[name])} rows of the {who} for {crops} crops of {self.batch} images; "
-                    f"outputs and step do not come from one batch"
-                )
-            found.append(side[name])
-        return found[0], found[1]
+        return self.output(name, "student", student), self.output(name, "teacher", teacher)
+
+    def output(self, name: str, who: Literal["student", "teacher"], side: dict[str, Tensor]) -> Tensor:
+        """What one network gives out under `name`, checked as in `outputs`."""
+        crops = self.student_crops if who == "student" else self.teacher_crops
+        if name not in side:
+            raise ValueError(
+                f"objective {name}: the {who} gives no {name!r}, only {', '.join(side) or 'nothing'}; build it with "
+                f"{name} among student.objectives"
+            )
+        if len(side[name]) != crops * self.batch:
+            raise ValueError(
+                f"objective {name}: {len(side[name])} rows of the {who} for {crops} crops of {self.batch} images; "
+                f"outputs and step do not come from one batch"
+            )
+        return side[name]
 
 
 @dataclass
@@ -84,7 +95,13 @@ class Outcome:
 
 @runtime_checkable
 class Objective(Protocol):
-    """One granularity. Implementations: the classes called `...Objective`, and `Mixture`."""
+    """One granularity. Implementations: the classes called `...Objective`, and `Mixture`.
+
+    Some have more, which the mixture asks for by name. `needs_teacher` (true where absent): whether `loss` reads the
+    teacher's outputs. `refit(info)`: called after the commit of each applied step, with the position reached, to cluster
+    what is remembered anew. `stale(info)`, `refresh(features, info)`: for a form that wants a pass over the data, features
+    [images, dim] of all of them in the order of `index`, unit rows, before the step that found it stale.
+    """
 
     name: str
 
@@ -125,17 +142,17 @@ def images_of(student: Tensor, teacher: Tensor, student_crops: int, teacher_crop
 
 
 def pair_weights(
-    teacher_crops: int, student_crops: int, student_globals: int, equal: bool = False
+    teacher_crops: int, student_crops: int, student_globals: int, equal: bool = False, same: bool = True
 ) -> list[list[float]]:
     """Weight of each term (teacher crop i, student crop j): half for global j, half for local j, each spread evenly.
 
-    Pairs j = i are left out. Where one half has no pair (no local crops, or a single global crop on both sides), the
+    Pairs j = i are left out if `same`, as Mugs does whether or not these are the same crops. Where one half has no pair (no local crops, or a single global crop on both sides), the
     other gets all the weight; the official code divides by zero there. With `equal` all pairs weigh the same, as in
     DINO. Raises ValueError when no pair is left.
     """
     if not 0 <= student_globals <= student_crops:
         raise ValueError(f"student_globals={student_globals} must lie between 0 and student_crops={student_crops}")
-    pairs = [(i, j) for i in range(teacher_crops) for j in range(student_crops) if j != i]
+    pairs = [(i, j) for i in range(teacher_crops) for j in range(student_crops) if j != i or not same]
     large = sum(j < student_globals for _, j in pairs)
     small = len(pairs) - large
     if not pairs:

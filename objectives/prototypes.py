@@ -4,7 +4,8 @@ Mugs' official weighting, section 1.4 of the notes on it).
 Summed over the teacher views i that a student crop j is compared with, `sum_i w_i CE(p_i, z_j)` is
 `W lse(z_j / t) - (sum_i w_i p_i) . z_j / t` with W the sum of the weights: one log-sum-exp for each crop, one blended target
 for each pattern of weights (all local crops share theirs). Crops are taken one at a time through one [B, K] scratch in
-the centre's precision, so that half-precision logits are never copied whole.
+the centre's precision, so that half-precision logits are never copied whole. Where the student streams its prototypes
+(models/prototypes.py) there are no logits at all, and the loss is made of `lse` and `p_i . z_j`.
 """
 
 from __future__ import annotations
@@ -121,6 +122,24 @@ def _blend(views: Tensor, pattern: tuple[float, ...]) -> Tensor:
     for view, weight in used[1:]:
         total.add_(view, alpha=weight)
     return total
+
+
+def streamed_cross_entropy(
+    lse: Tensor, agreement: Tensor, *, student_crops: int, student_globals: int, teacher_crops: int, equal: bool = False
+) -> Tensor:
+    """The same number from what a student that streams its prototypes gives out: lse [C*B], agreement [B, C, G].
+
+    That is all of the logits that the loss asks for: `W_j lse_j - sum_i w_ij T_i . x_j`, mean over the images. ValueError
+    when shapes disagree.
+    """
+    batch = len(agreement)
+    if agreement.shape != (batch, student_crops, teacher_crops) or lse.shape != (student_crops * batch,):
+        raise ValueError(
+            f"log-sum-exps {tuple(lse.shape)} and agreements {tuple(agreement.shape)} of {student_crops} student and "
+            f"{teacher_crops} teacher crops do not come from one batch"
+        )
+    weights = lse.new_tensor(pair_weights(teacher_crops, student_crops, student_globals, equal))  # [G, C]
+    return weights.sum(0) @ lse.view(student_crops, batch).mean(1) - (weights * agreement.mean(0).mT).sum()
 
 
 def group_cross_entropy_reference(

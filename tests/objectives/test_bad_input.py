@@ -91,7 +91,7 @@ def test_rows_of_another_batch_are_refused() -> None:
         ("views.global.role=student", "the teacher sees none"),
         (
             "views.local.count=1 views.global.count=1 views.global.role=teacher",
-            "views: 1 teacher and 1 student crops leave",
+            "views: instance: 1 teacher and 1 student crops leave",
         ),
         ("student.objectives=[instance,group]", "differ from objectives"),
         ("objectives.local_group.neighbours=2000", "cannot be found in a memory of 1024"),

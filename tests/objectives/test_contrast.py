@@ -40,7 +40,8 @@ def test_streamed_equals_plain(
     }
     teacher, queue = unit(batch * teachers, 4, seed=seed), unit(capacity, 4, seed=seed + 1)
     losses, gradients = [], []
-    for form, extra in ((info_nce_reference, {}), (info_nce, {"block": block})):
+    forms: list[tuple[Any, dict[str, Any]]] = [(info_nce_reference, {}), (info_nce, {"block": block})]
+    for form, extra in forms:
         student = unit(batch * crops, 4, seed=seed + 2).requires_grad_()
         loss = form(student, teacher, queue, **how, **extra)
         losses.append(loss.detach())
@@ -111,7 +112,8 @@ def test_no_matrix_of_all_logits() -> None:
     student, teacher, queue = unit(40, 4, seed=0), unit(16, 4, seed=1), unit(4000, 4, seed=2)
     how = {"student_crops": 5, "student_globals": 2, "teacher_crops": 2, "temperature": 0.2}
     largest = {}
-    for form, extra in ((info_nce, {"block": 100}), (info_nce_reference, {})):
+    forms: list[tuple[Any, dict[str, Any]]] = [(info_nce, {"block": 100}), (info_nce_reference, {})]
+    for form, extra in forms:
         with Watch() as watch:
             form(student.requires_grad_(), teacher, queue, **how, **extra).backward()
         largest[form] = watch.largest

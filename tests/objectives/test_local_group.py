@@ -54,11 +54,11 @@ def test_memories_take_crop_zero_and_the_student_only_weak_images(weak: list[boo
 
 def test_each_network_searches_its_own_memory() -> None:
     objective = LocalGroupObjective(CONFIG, DIM, FEATURES, seed=0)
-    names = {"local_group.bank", "local_group.unit_bank"}
+    names = {"local_group.bank", "local_group.norms"}
     assert objective.context().keys() == objective.teacher_context().keys() == names
     assert objective.context()["local_group.bank"] is objective.student.rows
     assert objective.teacher_context()["local_group.bank"] is objective.teacher.rows
-    assert objective.context()["local_group.unit_bank"] is objective.student.unit_rows
+    assert objective.context()["local_group.norms"] is objective.student.norms
     assert not torch.equal(objective.student.rows, objective.teacher.rows)
 
 

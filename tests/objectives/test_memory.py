@@ -72,7 +72,7 @@ def test_official_memory_exactly() -> None:
         bank = banks[part] = RingMemory(vector["K"], vector["D"], seed=0, unit=False, compat=True)
         bank.load({**bank.state(), "rows": vector["init"][f"block.{part}"]})
     for step in vector["steps"]:
-        cosine = F.normalize(step["query"], dim=1) @ banks["queue_q"].unit_rows.T
+        cosine = F.normalize(step["query"], dim=1) @ F.normalize(banks["queue_q"].rows, dim=1).T
         index = cosine.topk(vector["top_n"], dim=1).indices
         assert torch.equal(index, step["index"])
         assert torch.equal(banks["queue_k"].rows[index], step["keys"])
@@ -90,12 +90,10 @@ def test_caches_follow_the_rows(capacity: int) -> None:
     generator = torch.Generator().manual_seed(0)
     for count in (3, 0, 8, 5, 7, capacity, capacity - 1, 1, capacity // 2):
         memory.enqueue(torch.randn(count, 33, generator=generator))
-        torch.testing.assert_close(memory.unit_rows, F.normalize(memory.rows, dim=1))
         torch.testing.assert_close(memory.norms, memory.rows.norm(dim=1))
         fresh = RingMemory(capacity, 33, seed=4, unit=False)
         fresh.load(memory.state())
-        assert torch.equal(fresh.unit_rows, memory.unit_rows)  # bit for bit, or a resumed search could differ
-        assert torch.equal(fresh.norms, memory.norms)
+        assert torch.equal(fresh.norms, memory.norms)  # bit for bit, or a resumed search could differ
         assert fresh.stats() == memory.stats()
 
 
@@ -108,7 +106,6 @@ def test_start_is_keyed_by_seed_and_name() -> None:
     assert not torch.equal(first, RingMemory(16, 4, seed=5, unit=False, name="b").rows)
     unit = RingMemory(16, 4, seed=5, unit=True, name="a")
     torch.testing.assert_close(unit.rows.norm(dim=1), torch.ones(16))
-    assert unit.unit_rows is unit.rows
     wide = RingMemory(4096, 8, seed=0, unit=False).rows
     assert abs(float(wide.mean())) < 0.02
     assert abs(float(wide.std()) - 1) < 0.02
@@ -121,16 +118,15 @@ def test_state_comes_back_bit_for_bit(compat: bool) -> None:
     state = memory.state()
     assert all(tensor.is_contiguous() for tensor in state.values())
     twin = RingMemory(6, 3, seed=2, unit=False, compat=compat)
-    stale = twin.unit_rows, twin.norms  # caches that a load must drop
+    stale = twin.norms  # a cache that a load must drop
     twin.load(state)
-    assert not torch.equal(stale[0], twin.unit_rows)
-    assert not torch.equal(stale[1], twin.norms)
+    assert not torch.equal(stale, twin.norms)
     for each in (memory, twin):
         each.enqueue(numbered(9, 5))
     assert state["step"] == 1  # the state is a copy, not a view of the memory
     for key, tensor in memory.state().items():
         assert torch.equal(tensor, twin.state()[key]), key
-    assert torch.equal(memory.unit_rows, twin.unit_rows)
+    assert torch.equal(memory.norms, twin.norms)
     assert memory.stats() == twin.stats()
 
 
@@ -158,3 +154,30 @@ def test_what_does_not_fit_is_refused() -> None:
     assert all(torch.equal(before[key], tensor) for key, tensor in memory.state().items())
     with pytest.raises(ValueError, match="positive"):
         RingMemory(0, 3, seed=1, unit=False)
+
+
+@pytest.mark.parametrize("compat", [False, True])
+@pytest.mark.parametrize(("capacity", "rows"), [(64, 4), (60, 8), (256, 16), (64, 64), (48, 2)])
+def test_age_settles_at_what_was_expected(compat: bool, capacity: int, rows: int):
+    memory = RingMemory(capacity, 4, seed=0, unit=False, compat=compat)
+    ages = []
+    for _ in range(10 * capacity // rows):
+        memory.enqueue(torch.ones(rows, 4))
+        ages.append(float(memory.stats()["age"]))
+    if compat and (capacity, rows) == (60, 8):
+        assert "expected_age" not in memory.stats()  # some slots are passed over for a long time
+        return
+    settled = ages[-2 * capacity // rows :]
+    expected = float(memory.stats()["expected_age"])
+    assert sum(settled) / len(settled) == pytest.approx(expected, rel=0.15)
+    twin = RingMemory(capacity, 4, seed=1, unit=False, compat=compat)
+    twin.load(memory.state())
+    assert twin.stats()["expected_age"] == expected
+
+
+def test_rows_that_are_not_finite_are_counted():
+    memory = RingMemory(512, 4, seed=0, unit=True)
+    memory.enqueue(torch.nn.functional.normalize(torch.randn(8, 4), dim=1))
+    assert int(memory.stats()["nonfinite"]) == 0
+    memory.enqueue(torch.tensor([[float("nan"), 0, 0, 0], [1.0, 0, 0, 0], [float("inf"), 0, 0, 0]]))
+    assert int(memory.stats()["nonfinite"]) == 2

@@ -1,5 +1,8 @@
 """The mixture: true weights, one namespace, and a bad step that can be refused."""
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +14,7 @@ from gristmill.objectives import (
     Mixture,
     MixtureConfig,
     Objective,
+    Ramp,
     StepInfo,
     build_objectives,
 )
@@ -43,8 +47,8 @@ def outputs(seed: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]
     return sides[0], sides[1]
 
 
-def build(seed: int = 0, weights: dict[str, float] | None = None) -> Mixture:
-    return build_objectives(CONFIGS, dims=DIMS, seed=seed, mixture=MixtureConfig(weights=weights or {}))
+def build(seed: int = 0, weights: Mapping[str, float] | None = None) -> Mixture:
+    return build_objectives(CONFIGS, dims=DIMS, seed=seed, mixture=MixtureConfig(weights=dict(weights or {})))
 
 
 def test_equal_weights_give_the_plain_mean_and_others_a_weighted_one() -> None:
@@ -121,7 +125,7 @@ def test_names_are_stable() -> None:
             for part in ("pointer", "rows", "step", "written")
         ]
     )
-    assert build().context().keys() == {"local_group.bank", "local_group.unit_bank"}
+    assert build().context().keys() == {"local_group.bank", "local_group.norms"}
 
 
 def test_memories_differ_from_each_other_and_agree_between_ranks() -> None:
@@ -162,3 +166,41 @@ def test_mistakes_are_named() -> None:
         build_objectives({"group": None}, dims=DIMS, seed=0)
     with pytest.raises(ValueError, match="belongs to none"):
         build().load({"dense.queue": torch.zeros(1)})
+
+
+def test_a_ramp_moves_its_weight_over_its_part_of_the_run() -> None:
+    ramp = Ramp(start=0.0, end=2.0, over=(0.25, 0.75))
+    assert [ramp.at(share) for share in (0.0, 0.25, 0.375, 0.5, 0.75, 1.0)] == [0.0, 0.0, 0.5, 1.0, 2.0, 2.0]
+    step = Ramp(start=1.0, end=0.5, over=(0.5, 0.5))
+    assert [step.at(share) for share in (0.0, 0.49, 0.5, 1.0)] == [1.0, 1.0, 0.5, 0.5]
+    mixture = build_objectives(CONFIGS, dims=DIMS, seed=0, mixture=MixtureConfig(weights={"group": ramp}))
+    for progress, weight in ((0.0, 0.0), (0.5, 1.0), (1.0, 2.0)):
+        student, teacher = outputs(0)
+        info = replace(INFO, progress=progress)
+        losses = {name: o.loss(student, teacher, info).loss for name, o in mixture.objectives.items()}
+        found = mixture.loss(student, teacher, info)
+        weights = {name: weight if name == "group" else 1.0 for name in CONFIGS}
+        wanted = sum(weights[name] * loss for name, loss in losses.items()) / sum(weights.values())
+        torch.testing.assert_close(found.loss, wanted)
+        assert found.logs["weight/group"] == weight
+        (gradient,) = torch.autograd.grad(found.loss, student["group"])
+        assert bool(gradient.any()) == (weight > 0)  # there is one all the same, for every rank's step
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"start": 0, "end": 0}, "leave the objective out"),
+        ({"start": 0, "end": 1, "over": [0.5, 0.2]}, "beginning first"),
+        ({"start": -1, "end": 1}, "greater than or equal to 0"),
+    ],
+)
+def test_ramps_that_cannot_be_are_refused(given: dict, said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        Ramp.model_validate(given)
+
+
+def test_a_time_without_any_weight_is_refused() -> None:
+    late: dict[str, float | Ramp] = {name: Ramp(start=0.0, end=1.0) for name in CONFIGS}
+    with pytest.raises(ValueError, match="all weights are 0 at 0% of the run"):
+        build_objectives(CONFIGS, dims=DIMS, seed=0, mixture=MixtureConfig(weights=late))

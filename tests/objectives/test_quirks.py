@@ -17,7 +17,7 @@ from gristmill.models.batch_norm import BatchNorm
 from gristmill.models.ema import ema_update, pairs
 from gristmill.models.student import Student, StudentConfig
 from gristmill.models.teacher import make_teacher
-from gristmill.models.vit import build_backbone, resize_pos_embed, tokens
+from gristmill.models.vit import Backbone, build_backbone, resize_pos_embed, tokens
 from gristmill.objectives import (
     Dims,
     GroupConfig,
@@ -96,6 +96,7 @@ def test_02_query_is_no_remembered_row() -> None:
     student.relation.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     with torch.no_grad():
         out = student(crops, bank())
+        assert isinstance(student.backbone, Backbone)
         before, after = tokens(student.backbone, crops[0])
     torch.testing.assert_close(seen[0][:6], before.mean(1))
     torch.testing.assert_close(out["memory_row"], after[:, 1:].mean(1))
@@ -240,7 +241,8 @@ def test_14_memories_begin_as_noise_and_say_so() -> None:
     assert float(memory.norms.mean()) == pytest.approx(8.0, rel=0.05)  # sqrt(d), as N(0, 1) has it
     assert memory.stats()["fill"] == 0.0
     memory.enqueue(F.normalize(torch.randn(8, 64), dim=1))
-    near = memory.unit_rows[:8] @ memory.unit_rows.T
+    unit = F.normalize(memory.rows, dim=1)
+    near = unit[:8] @ unit.T
     assert (near[:, 8:].amax(1) < 0.7).all()  # noise is not taken for a neighbour once there is a real one
     assert memory.stats()["fill"] == 8 / 512
 
