@@ -6,7 +6,8 @@ probe without them says little.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +53,18 @@ def extract(
     if not rows:
         raise ValueError("no batches, so no features")
     return Features(keys, torch.cat(rows))
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """No gradient, and batch norm by its running statistics; the network's mode is what it was afterwards."""
+    training = network.training
+    network.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        network.train(training)
 
 
 def pixel_features(images: Tensor, size: int = 16) -> Tensor:

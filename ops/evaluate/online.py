@@ -7,13 +7,13 @@ read here and nowhere else.
 
 from __future__ import annotations
 
-import json
+import copy
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -26,14 +26,14 @@ from ...shards.labels import Labels
 from ...shards.manifest import Manifest
 from ...shards.mirror import open_manifest
 from ..checkpoint import CheckpointError, newest
-from ..networks import build_student, saved_networks
-from ..recipe import ProbeConfig, Recipe, RecipeError, load_recipe
+from ..networks import saved_networks
+from ..recipe import ProbeConfig, Recipe, RecipeError
 from ..report.crops import as_pixels
 from ..report.neighbours import save_neighbours
 from ..stores import open_store
-from .features import Features, extract, pixel_features
+from .chosen import Asked, chance, measure
+from .features import Features, evaluating, extract, pixel_features
 from .knn import nearest
-from .probes import chance_levels, label_free, run_probes
 
 if TYPE_CHECKING:
     from ..monitor.metrics import Metrics
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 BATCH = 128  # images at once; features need no gradient, so this is small beside training
 SHOWN = 10  # queries in the report, and as many of their neighbours as fit a row
 THUMBNAIL = 64  # pixels
+SHARES = ("_knn", "_retrieval", "_agreement", "_purity", "_linear", "_cell", "_pck")
+PLACES = 128  # pictures on which correspondence is asked
 
 
 class Probing:
@@ -66,37 +68,43 @@ class Probing:
         assert self.labels is not None
         return np.stack([self.labels.codes(keys, name) for name in self.names], axis=1)
 
+    def features(self, model: Callable[[Tensor], Tensor], device: torch.device | str) -> list:
+        """Features of `model` (images [B, 3, S, S] -> features [B, d]): [reference, query or None]."""
+        return [extract(model, self.batches(m), device=device) if m else None for m in (self.reference, self.query)]
+
     def measure(self, model: Callable[[Tensor], Tensor], device: torch.device | str) -> tuple[dict[str, float], list]:
-        """Scores of `model` (images [B, 3, S, S] -> features [B, d]) and its features [reference, query or None]."""
-        found = [extract(model, self.batches(m), device=device) if m else None for m in (self.reference, self.query)]
+        """Scores of `model` and its features."""
+        found = self.features(model, device)
         return self.scores(*found), found
 
     def scores(self, reference: Features | None, query: Features | None) -> dict[str, float]:
         assert reference is not None
-        if not self.names:
-            return dict(label_free(reference.rows, k=self.config.neighbours))
-        return dict(
-            run_probes(
-                reference.rows,
-                self.codes(reference.keys),
-                query.rows if query else None,
-                self.codes(query.keys) if query else None,
-                self.names,
-                k=self.config.neighbours,
-                temperature=self.config.temperature,
-            )
+        return dict(measure(self.config.names, self.asked(reference, query))[0])
+
+    def asked(self, reference: Features, query: Features | None) -> Asked:
+        """These features with their labels."""
+        return Asked(
+            reference.rows,
+            self.codes(reference.keys) if self.names else None,
+            query.rows if query else None,
+            self.codes(query.keys) if self.names and query else None,
+            self.names,
+            k=self.config.neighbours,
+            temperature=self.config.temperature,
         )
 
     def chance(self, reference: Features, query: Features | None) -> dict[str, float]:
-        return dict(
-            chance_levels(
-                self.codes(reference.keys) if self.names else None,
-                self.codes(query.keys) if self.names and query else None,
-                self.names,
-                rows=len(reference.keys),
-                k=self.config.neighbours,
-            )
-        )
+        return dict(chance(self.config.names, self.asked(reference, query)))
+
+    def places(self, backbone: nn.Module) -> dict[str, float]:
+        """Correspondence of a backbone's patches, on pictures of the reference."""
+        from .correspondence import run_correspondence
+        from .pictures import open_pictures
+        from .subject import Subject, eye_of
+
+        subject = Subject("teacher", eye_of(copy.deepcopy(backbone)), self.config.size)
+        found = run_correspondence(subject, open_pictures(self.reference.root, limit=PLACES), seed=0, images=PLACES)
+        return {name: found[name] for name in ("correspondence_cell", "correspondence_pck")}
 
     def picture(self, path: Path, eyes: dict[str, list[Features | None]]) -> None:
         """Write the nearest neighbours of a few images as each of `eyes` sees them (who -> its features)."""
@@ -116,7 +124,9 @@ class Probing:
         where = where.reshape(len(found), len(chosen), -1)
         shown = [reference.keys[i] for i in used], [asked.keys[i] for i in chosen]
         pictures = _thumbnails((self.batches(m) for m in (self.reference, self.query) if m), {*shown[0], *shown[1]})
-        codes = [self.codes(keys)[:, -1].tolist() for keys in reversed(shown)] if self.names else [None, None]
+        # Instances are too few to fill a row, so of three levels the second one marks who belongs together.
+        level = min(1, len(self.names) - 1)
+        codes = [self.codes(keys)[:, level].tolist() for keys in reversed(shown)] if self.names else [None, None]
         save_neighbours(
             path,
             np.stack([pictures[key] for key in shown[1]]),
@@ -134,12 +144,17 @@ class OnlineProbes:
         self.probing = Probing(run.recipe.probes, run.recipe.sources[0].path)
         self.last = run.steps * run.recipe.batch
         self.due = {round(share * run.steps) * run.recipe.batch for share in run.recipe.probes.at}
+        if (every := run.recipe.probes.every) is not None:
+            batch = run.recipe.batch
+            self.due |= {-(-at // batch) * batch for at in range(every, self.last + 1, every)}
+        self.began, self.spent = time.perf_counter(), 0.0
 
     def maybe(self, position: int) -> None:
         """Measure if a probe is due at this position and was not made yet. Collective; rank 0 does the work."""
         if position not in self.due:
             return
         self.due.remove(position)
+        # After a resume, what the log holds of this place is measured once more, for the exporter's sake, and not written.
         with self.run.engine.teacher.plain(lambda: make_teacher(self.run.build())) as teacher:
             if teacher is not None:
                 self._measure(teacher, position)
@@ -147,7 +162,11 @@ class OnlineProbes:
     def _measure(self, teacher: nn.Module, position: int) -> None:
         start = time.perf_counter()
         features = class_token(teacher, self.run.engine.autocast)
-        scores, found = self.probing.measure(features, self.run.device)
+        found = self.probing.features(features, self.run.device)
+        cost = {"features": time.perf_counter() - start}
+        names, asked = self.run.recipe.probes.names, self.probing.asked(*found)
+        places = lambda: self.probing.places(teacher.backbone)  # noqa: E731  # pyright: ignore[reportArgumentType]
+        scores, seconds = measure(names, asked, places)
         if position == 0:
             self._note("chance", position, self.probing.chance(*found))
             self._note("pixels", position, self.probing.measure(pixel_features, "cpu")[0])
@@ -158,53 +177,39 @@ class OnlineProbes:
             eyes["random"] = self.probing.measure(class_token(untrained), self.run.device)[1]
             eyes["pixels"] = self.probing.measure(pixel_features, "cpu")[1]
             self.probing.picture(self.run.folder / "neighbours.npz", eyes)
-        self.metrics.observe_probe({"who": "teacher", "position": position, **scores}, time.perf_counter() - start)
+        took = time.perf_counter() - start
+        self.spent += took
+        if (rest := took - sum(cost.values()) - sum(seconds.values())) > 0.05:
+            seconds["baselines and pictures"] = rest
+        self.metrics.observe_probe({"who": "teacher", "position": position, **scores}, took)
+        share = self.spent / max(time.perf_counter() - self.began, 1e-9)
+        parts = {name: round(value, 3) for name, value in (cost | seconds).items()}
+        if position not in self.run.log.probed:
+            self.run.log.write(
+                "probe_cost", position=position, seconds=round(took, 3), share=round(share, 4), parts=parts
+            )
+        text = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in parts.items())
+        left = "".join(f"; no {name.replace('_', ' ')}: {why}" for name, why in scores.skipped.items())
+        so_far = f", {share:.1%} of the time since this start" if position else ""
+        self.meter.note(f"probes took {took:.1f} s ({text}){so_far}{left}")
 
     def _note(self, who: str, position: int, scores: dict[str, float]) -> None:
-        self.run.log.write("probe", position=position, who=who, **scores)
+        if position not in self.run.log.probed:
+            self.run.log.write("probe", position=position, who=who, **scores)
         self.metrics.observe_probe({"who": who, **scores})
         text = ", ".join(f"{name.replace('_', ' ')} {shown(name, value)}" for name, value in scores.items())
         self.meter.note(f"probe at image {position}: {who}: {text}")
 
 
 def class_token(network: nn.Module, autocast: Callable | None = None) -> Callable[[Tensor], Tensor]:
-    """The probed feature, [B, d]: the class token after the last LayerNorm, as the papers evaluate."""
+    """The probed feature, [B, d]: the class token after the last LayerNorm, as the papers evaluate, or a ResNet's average."""
     backbone: nn.Module = network.backbone  # pyright: ignore[reportAssignmentType]
 
     def features(images: Tensor) -> Tensor:
-        with torch.no_grad():
-            if autocast is None:
-                return backbone.norm(backbone(images)[:, 0])  # pyright: ignore[reportCallIssue]
-            with autocast():
-                return backbone.norm(backbone(images)[:, 0])  # pyright: ignore[reportCallIssue]
+        with evaluating(backbone), nullcontext() if autocast is None else autocast():
+            return backbone.norm(backbone(images)[:, 0])  # pyright: ignore[reportCallIssue]
 
     return features
-
-
-def evaluate_run(folder: Path, reference: Path | None, query: Path | None, *, as_json: bool) -> int:
-    """Probe the teacher of a run's newest checkpoint; returns the exit code."""
-    if not (folder / "recipe.yaml").is_file():
-        raise RecipeError(f"{folder} holds no run (no recipe.yaml); name the folder that `gristmill train --out` wrote")
-    recipe = load_recipe(folder / "recipe.yaml")
-    network, position = load_teacher(folder, recipe)
-    chosen = {"reference": reference or recipe.probes.reference, "query": query or recipe.probes.query}
-    probing = Probing(recipe.probes.model_copy(update=chosen), recipe.sources[0].path)
-    scores, found = probing.measure(class_token(network), "cpu")
-    table = {
-        "chance": probing.chance(*found),
-        "pixels": probing.measure(pixel_features, "cpu")[0],
-        "random": probing.measure(class_token(build_student(recipe).eval()), "cpu")[0],
-        "teacher": scores,
-    }
-    if as_json:
-        click.echo(json.dumps({"position": position, "probes": table}))
-        return 0
-    width = max(map(len, scores))
-    click.echo(f"{folder} after {position} images")
-    for name in scores:
-        values = "  ".join(f"{who} {shown(name, row[name]):>6}" for who, row in table.items() if name in row)
-        click.echo(f"{name.replace('_', ' '):<{width}}  {values}")
-    return 0
 
 
 def load_teacher(folder: Path, recipe: Recipe) -> tuple[Student, int]:
@@ -225,7 +230,7 @@ def load_teacher(folder: Path, recipe: Recipe) -> tuple[Student, int]:
 
 def shown(name: str, value: float) -> str:
     """Scores and shares in percent, effective ranks and the like as they are."""
-    return f"{100 * value:.1f} %" if name.endswith(("_knn", "_retrieval", "_agreement")) else f"{value:.2f}"
+    return f"{100 * value:.1f} %" if name.endswith(SHARES) else f"{value:.2f}"
 
 
 def _thumbnails(sources: Iterable[Iterator[tuple[list[str], Tensor]]], wanted: set[str]) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -39,18 +39,19 @@ def run_probes(
     *,
     k: int = 20,
     temperature: float = 0.07,
+    only: Collection[str] = ("knn", "retrieval"),
 ) -> Probes:
     """Probe features [m, d] and [n, d] against labels [m, L] and [n, L], one column for each of `names`, coarse first.
 
     Labels are class codes that mean the same on both sides; negative is unknown and left out. One level gives
     `class_knn` and `class_retrieval`; more levels give `<level>_knn` for each but a third, and `<level>_retrieval` of
     the deepest level on which at least half of the queries have another image to find. No level: `label_free`.
-    `features_query=None` asks the references themselves, leaving one out.
+    `features_query=None` asks the references themselves, leaving one out. `only`: of "knn" and "retrieval", these.
     """
     if not names:
         return label_free(features_ref if features_query is None else features_query, k=k)
     probes = Probes()
-    for name, ref, query, keep_ref, keep_query, skip in _levels(probes, labels_ref, labels_query, names, "knn"):
+    for name, ref, query, keep_ref, keep_query, skip in _levels(probes, labels_ref, labels_query, names, "knn", only):
         if skip:
             probes.skipped[f"{name}_knn"] = skip
         elif features_query is None:
@@ -59,7 +60,9 @@ def run_probes(
             probes[f"{name}_knn"] = knn_accuracy(
                 features_ref[keep_ref], ref, features_query[keep_query], query, k=k, temperature=temperature
             )
-    for name, ref, query, keep_ref, keep_query, _ in _levels(probes, labels_ref, labels_query, names, "retrieval"):
+    for name, ref, query, keep_ref, keep_query, _ in _levels(
+        probes, labels_ref, labels_query, names, "retrieval", only
+    ):
         if features_query is None:
             found = retrieve(features_ref[keep_ref], ref)
         else:
@@ -69,7 +72,13 @@ def run_probes(
 
 
 def chance_levels(
-    labels_ref: Codes, labels_query: Codes, names: Sequence[str], *, rows: int | None = None, k: int = 20
+    labels_ref: Codes,
+    labels_query: Codes,
+    names: Sequence[str],
+    *,
+    rows: int | None = None,
+    k: int = 20,
+    only: Collection[str] = ("knn", "retrieval"),
 ) -> Probes:
     """What features without any knowledge reach, under the names that `run_probes` gives for the same labels.
 
@@ -82,14 +91,14 @@ def chance_levels(
         if rows is not None and rows > 1:
             probes["neighbour_agreement"] = min(k, rows - 1) / (rows - 1)
         return probes
-    for name, ref, query, _, _, skip in _levels(probes, labels_ref, labels_query, names, "knn"):
+    for name, ref, query, _, _, skip in _levels(probes, labels_ref, labels_query, names, "knn", only):
         if skip:
             probes.skipped[f"{name}_knn"] = skip
         else:
             probes[f"{name}_knn"] = float(torch.bincount(ref if query is None else query).max()) / len(
                 ref if query is None else query
             )
-    for name, ref, query, _, _, _ in _levels(probes, labels_ref, labels_query, names, "retrieval"):
+    for name, ref, query, _, _, _ in _levels(probes, labels_ref, labels_query, names, "retrieval", only):
         total, alone = len(ref), query is None
         sizes = Counter(ref.tolist())
         asked = Counter((ref if query is None else query).tolist())
@@ -144,8 +153,22 @@ def neighbour_agreement(one: Tensor, other: Tensor, k: int = 20) -> float:
     return float((here[:, :, None] == there[:, None, :]).any(2).double().mean())
 
 
-def _levels(probes: Probes, labels_ref: Codes, labels_query: Codes, names: Sequence[str], probe: str):
+def levels_read(labels_ref: Codes, labels_query: Codes, names: Sequence[str]):
+    """The levels that a vote reads, all but a third: (name, codes ref, codes query, kept rows ref and query, reason to skip)."""
+    yield from _levels(Probes(), labels_ref, labels_query, names, "knn")
+
+
+def _levels(
+    probes: Probes,
+    labels_ref: Codes,
+    labels_query: Codes,
+    names: Sequence[str],
+    probe: str,
+    only: Collection[str] = ("knn", "retrieval"),
+):
     """The levels that a probe reads: (name, codes ref, codes query, kept rows ref, kept rows query, reason to skip)."""
+    if probe not in only:
+        return
     ref, query = _matrix(labels_ref, names), None if labels_query is None else _matrix(labels_query, names)
     columns = []
     for level, name in enumerate(names):

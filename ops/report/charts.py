@@ -77,13 +77,14 @@ def line_chart(
     share: bool = False,
     dots: bool = False,
     note: str = "",
+    points: int = BUCKETS,
 ) -> str:
     """A <figure> with lines over the images seen and dashed `levels` to compare them with; "" if there is nothing.
 
-    `share` shows values as percent; `dots` marks each point, for curves of a few.
+    `share` shows values as percent; `dots` marks each point, for curves of a few; `points`: of a curve at most.
     """
     show = percent if share else short
-    data = {name: buckets(curve) for name, curve in curves.items() if len(curve.x)}
+    data = {name: buckets(curve, points) for name, curve in curves.items() if len(curve.x)}
     data = {name: rows for name, rows in data.items() if np.isfinite(rows[:, 1]).any()}
     levels = {name: value for name, value in (levels or {}).items() if math.isfinite(value)}
     if not data:
@@ -103,7 +104,7 @@ def line_chart(
         y = at(x_low, value)[1]
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{text}</text>')
-    for value, text in ticks(x_low, x_high, 4):
+    for value, text in ticks(x_low, x_high, 5):
         x = at(value, y_low)[0]
         anchor = "middle" if x < WIDTH - 24 else "end"
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="{anchor}">{text}</text>')

@@ -12,10 +12,14 @@ import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from .folder import RunFolder
 
 # What NumPy and zipfile raise on files that are torn, or none of ours; the header of an array is parsed as Python.
 BROKEN = (
@@ -76,7 +80,38 @@ def sheet(crops: np.ndarray) -> Image.Image:
 
 
 def data_uri(image: Image.Image, kind: str = "png") -> str:
-    """The picture inside a page: `data:image/png;base64,...`."""
+    """The picture inside a page: `data:image/png;base64,...`. WebP is half of JPEG at these sizes, and may be transparent."""
+    options: dict[str, Any] = {"png": {"optimize": True}, "webp": {"quality": 76, "method": 5}}.get(
+        kind, {"quality": 88}
+    )
     buffer = io.BytesIO()
-    image.save(buffer, kind, optimize=True) if kind == "png" else image.save(buffer, kind, quality=88)
+    image.save(buffer, kind, **options)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+def picture(pixels: np.ndarray, kind: str = "") -> str:
+    """Pixels uint8 [H, W, 3] inside a page; small ones as PNG, others as WebP."""
+    return data_uri(Image.fromarray(pixels), kind or ("webp" if pixels.shape[0] > 32 else "png"))
+
+
+def section(run: RunFolder) -> str:
+    """A sheet a view of the first batch."""
+    if not (run.path / "crops.npz").exists():
+        return '<p class="missing">No crops yet: the first batch leaves them here.</p>'
+    try:
+        parts = [_view(name, crops) for name, crops in load_crops(run.path / "crops.npz").items()]
+    except BROKEN as error:
+        return f'<p class="missing">crops.npz cannot be read: {escape(str(error))}</p>'
+    return f"<p>Crops of the first batch, exactly as they were fed: cut, flipped, coloured.</p>{''.join(parts)}"
+
+
+def _view(name: str, crops: np.ndarray) -> str:
+    images, count, height, width, _ = crops.shape
+    text = f"{count} {'crop' if count == 1 else 'crops'} of {width} x {height} pixels for each image"
+    whole = sheet(crops)
+    zoom = max(1, min(3, 128 // width))
+    shown = data_uri(whole, "webp" if whole.width * whole.height > 40_000 else "png")
+    return (
+        f'<h3>{escape(name)}</h3><p class="soft">{text}; crops of one image stand together.</p><img class="sheet" '
+        f'alt="{escape(f"{name}: {text}, {min(images, ROWS)} images")}" width="{whole.width * zoom}" src="{shown}">'
+    )

@@ -47,6 +47,7 @@ class RunFolder:
     events: list[dict[str, Any]] = field(default_factory=list)
     steps: int = 0
     problems: list[str] = field(default_factory=list)
+    undrawn: dict[str, str] = field(default_factory=dict)  # drawings that could not be made, and why
 
     @property
     def position(self) -> int:

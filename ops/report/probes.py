@@ -22,6 +22,10 @@ LABEL_FREE = {
     "uniformity": "Uniformity",
     "neighbour_agreement": "Neighbour agreement",
 }
+SHARES = (
+    "_knn", "_retrieval", "_agreement", "_accuracy", "_purity", "_top1", "_top5", "_miou", "_map", "_nmi", "_ari", "_correct",
+    "_j_f",
+)  # fmt: skip
 KINDS = {
     "knn": "k\N{NON-BREAKING HYPHEN}NN: share of images whose class the vote of their nearest neighbours names correctly.",
     "retrieval": "Retrieval: mean average precision: how early in the ranking the other images of the same one come.",
@@ -42,17 +46,19 @@ def title(name: str) -> str:
 
 def is_share(name: str) -> bool:
     """Whether a number is a share between 0 and 1, shown as percent."""
-    return name.endswith(("_knn", "_retrieval", "_agreement", "_accuracy", "_purity")) or "_recall" in name
+    return name.endswith(SHARES) or "_recall" in name
 
 
-def _value(row: dict[str, Any], name: str) -> float | None:
+def score_of(row: dict[str, Any], name: str) -> float | None:
+    """A probe's number, or None if it is not there or not finite."""
     value = row.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
 
 
-def _show(name: str, value: float | None) -> str:
+def show(name: str, value: float | None) -> str:
+    """As percent or as it is."""
     if value is None:
         return "–"
     return percent(value) if is_share(name) else short(value)
@@ -63,10 +69,10 @@ def tiles(run: RunFolder) -> str:
     teacher = run.teacher()
     parts = []
     for name in run.probe_names():
-        value = _value(teacher[-1], name) if teacher else None
+        value = score_of(teacher[-1], name) if teacher else None
         if value is None or (name not in LABEL_FREE and not is_share(name)):
             continue
-        others = {label: _value(run.baseline(who), name) for who, label in BASELINES.items()}
+        others = {label: score_of(run.baseline(who), name) for who, label in BASELINES.items()}
         known = {label: other for label, other in others.items() if other is not None}
         text = ""
         if known and is_share(name) and name not in LABEL_FREE:
@@ -76,7 +82,7 @@ def tiles(run: RunFolder) -> str:
             if "chance" in known and best != "chance":
                 text += f", chance {percent(known['chance'])}"
         parts.append(
-            f'<div class="tile"><span>{escape(title(name))}</span><b>{_show(name, value)}</b><span>{escape(text)}</span></div>'
+            f'<div class="tile"><span>{escape(title(name))}</span><b>{show(name, value)}</b><span>{escape(text)}</span></div>'
         )
     return f'<div class="tiles">{"".join(parts)}</div>' if parts else ""
 
@@ -96,7 +102,7 @@ def table(run: RunFolder) -> str:
     head = "".join(f"<th>{escape(title(name))}</th>" for name in names)
     body = []
     for number, (label, row) in enumerate(rows):
-        cells = "".join(f"<td>{_show(name, _value(row, name))}</td>" for name in names)
+        cells = "".join(f"<td>{show(name, score_of(row, name))}</td>" for name in names)
         last = ' class="last"' if teacher and number == len(rows) - 1 else ""
         body.append(f"<tr{last}><th>{escape(label)}</th>{cells}</tr>")
     words = " ".join(text for kind, text in KINDS.items() if any(name.endswith(f"_{kind}") for name in names))
@@ -116,11 +122,11 @@ def curves(run: RunFolder) -> str:
         return ""
     charts = []
     for name in run.probe_names():
-        points = [(row["position"], value) for row in teacher if (value := _value(row, name)) is not None]
+        points = [(row["position"], value) for row in teacher if (value := score_of(row, name)) is not None]
         if len(points) < 2:
             continue
         curve = Curve(np.array([x for x, _ in points], dtype=float), np.array([y for _, y in points]))
-        levels = {label: _value(run.baseline(who), name) for who, label in BASELINES.items()}
+        levels = {label: score_of(run.baseline(who), name) for who, label in BASELINES.items()}
         known = {label: value for label, value in levels.items() if value is not None}
         charts.append(line_chart(title(name), {"teacher": curve}, levels=known, share=is_share(name), dots=True))
     return (

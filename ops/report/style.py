@@ -49,9 +49,33 @@ tr.last td,tr.last th{font-weight:650;border-bottom:2px solid var(--ink)}
 tbody th{font-weight:400}
 .bar{display:inline-block;height:.55em;background:var(--c1);border-radius:2px;min-width:1px}
 .sheet{display:block;max-width:100%;height:auto;border-radius:4px}
+td.text,th.text{text-align:left}
+.long{white-space:normal!important;overflow-wrap:anywhere;min-width:9rem}
+.facts{display:grid;grid-template-columns:auto minmax(0,1fr);gap:.35rem 1.2rem;margin:1.2rem 0;max-width:60rem}
+.facts dt{color:var(--soft)}.facts dd{margin:0;overflow-wrap:anywhere}
+nav{display:flex;flex-wrap:wrap;gap:.3rem 1.1rem;margin:1.6rem 0 0;font-size:.92rem}
+a{color:var(--c1)}a:focus-visible,summary:focus-visible,.scroll:focus-visible{outline:2px solid var(--c1);outline-offset:3px}
+.part{fill:currentColor}
+.maps{display:flex;flex-wrap:wrap;gap:.5rem;padding:.8rem 0;border-bottom:1px solid var(--rule)}
+.map{padding:0;border:0;background:none}
+.map img{display:block;width:104px;height:104px;border-radius:4px;image-rendering:pixelated}
+.map:first-child img{image-rendering:auto}
+.map figcaption{font-size:.76rem;font-weight:400;color:var(--soft);margin:.15rem 0 0}
+.tree{list-style:none;margin:0;padding:0}
+.tree .tree{margin-left:.6rem;padding-left:1rem;border-left:2px solid var(--rule)}
+.tree>li{padding:.15rem 0}
+main>section>.tree>li{padding:.8rem 0;border-bottom:1px solid var(--rule)}
+.node{display:flex;flex-wrap:wrap;align-items:center;gap:.3rem 1rem;font-size:.86rem;color:var(--soft)}
+.node>span:first-child{flex:0 0 16rem}.node b{color:var(--ink);font-weight:600}
+.strip{display:flex;flex-wrap:wrap;gap:3px}.strip img{width:56px;height:56px;border-radius:4px}
+.tree .tree .strip img{width:44px;height:44px}
+.pairs{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,26rem),1fr));gap:1rem;margin:1rem 0}
+.pairs img{width:100%}
+.solid{border-bottom:3px solid var(--c1)}.dashed{border-bottom:3px dashed var(--c2)}
 .near{display:grid;grid-template-columns:auto 1fr;gap:.4rem 1.1rem;align-items:center;padding:1rem 0;
 border-bottom:1px solid var(--rule)}
 .near>img{border-radius:6px}
+.near>ul{min-width:0}
 .near ul,.rows{list-style:none;margin:0;padding:0}
 .rows li{display:flex;flex-wrap:wrap;gap:.3rem .5rem;align-items:center;padding:.15rem 0}
 .rows .eyes{flex:0 0 6.5rem;font-size:.86rem;color:var(--soft)}
@@ -64,8 +88,10 @@ font-variant-numeric:tabular-nums}
 pre{background:var(--card);border:1px solid var(--rule);border-radius:10px;padding:1rem;overflow-x:auto;
 font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 details{margin:1rem 0}summary{cursor:pointer;font-weight:600}
-@media (max-width:36rem){.near{grid-template-columns:1fr}.rows .eyes{flex-basis:100%}.thumb img{width:46px;height:46px}
+@media (max-width:36rem){.facts{grid-template-columns:1fr;gap:0}.facts dd{margin-bottom:.6rem}.node>span:first-child{flex-basis:100%}
+.map img{width:88px;height:88px}.tree .tree{margin-left:0;padding-left:.6rem}.near{grid-template-columns:1fr}.rows .eyes{flex-basis:100%}.thumb img{width:46px;height:46px}
 th,td{padding:.4rem .5rem}tbody th{white-space:normal;min-width:6rem}
 thead th{min-width:4.5rem}}
-@media print{body{background:#fff}figure,.tile{break-inside:avoid}}
+@media print{:root{color-scheme:light}body{background:#fff}main{padding:0}nav{display:none}figure,.tile,.near,.maps,tr,.pairs img{break-inside:avoid}
+h2,h3{break-after:avoid}}
 """

@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 from gristmill.models.student import Student, StudentConfig
 from gristmill.models.teacher import make_teacher
-from gristmill.models.vit import tokens
+from gristmill.models.vit import Backbone, tokens
 from gristmill.models.weights import import_backbone, import_student
 from gristmill.ops.checkpoint import STATE, Content, Part
 from gristmill.ops.cli import main
@@ -38,8 +38,10 @@ SIZES = {
 
 
 def features(student: Student, images: Tensor) -> Tensor:
+    backbone = student.eval().backbone
+    assert isinstance(backbone, Backbone)
     with torch.no_grad():
-        return tokens(student.eval().backbone, images)[1][:, 0]
+        return tokens(backbone, images)[1][:, 0]
 
 
 def timms(path: Path, config: StudentConfig, size: tuple[int, int] | None = None, **more: Any) -> torch.nn.Module:
@@ -93,6 +95,13 @@ def checkpoint(folder: Path, recipe: Recipe, ranks: int, position: int = 64) -> 
     """A run folder with a checkpoint of two different networks, cut into ranges over `ranks`."""
     student = Student(recipe.student, seed=1)
     teacher = make_teacher(Student(recipe.student, seed=2))
+    draw = torch.Generator().manual_seed(3)
+    for name, buffer in [*student.named_buffers(), *teacher.named_buffers()]:
+        # As training leaves them, and such that something is left of an image behind the last ReLU.
+        if name.endswith("running_mean"):
+            buffer += 0.2 * torch.rand(buffer.shape, generator=draw) - 0.1
+        elif name.endswith("running_var"):
+            buffer *= 0.2 + 0.3 * torch.rand(buffer.shape, generator=draw)
     store = LocalStore(folder / "checkpoints")
     writers = [Writer(store, rank, ranks, keep=9) for rank in range(ranks)]
     buffers = {f"{w}/{n}": b for w, net in (("student", student), ("teacher", teacher)) for n, b in net.named_buffers()}
@@ -187,7 +196,12 @@ def test_the_command_line(tmp_path: Path):
         assert (code, "rank-00001.safetensors" in text) == (2, True), text
     (run / "checkpoints" / "000000000064" / STATE).write_text("{}")
     assert call("export", run / "checkpoints" / "000000000064", "--out", tmp_path / "z.safetensors")[0] == 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "x.safetensors", "y.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "run",
+        "x.safetensors",
+        "x.safetensors.md",
+        "y.safetensors",
+    ]
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The exporter over real sockets: what it answers, what a bad client can do to it, and a real Prometheus."""
 
+import asyncio
 import json
 import os
 import re
@@ -52,7 +53,7 @@ def ask(exporter: Exporter, request: bytes) -> tuple[str, dict[str, str], bytes]
 
 
 def get(exporter: Exporter, path: str) -> tuple[str, dict[str, str], bytes]:
-    return ask(exporter, f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    return ask(exporter, f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
 
 
 def eventually(look: Callable[[], T | None], seconds: float = 60.0) -> T:
@@ -80,11 +81,120 @@ def test_metrics_and_a_page_for_people_and_nothing_else(exporter: Exporter):
     assert get(exporter, "/metrics?name=x")[0] == "HTTP/1.1 200 OK"
 
 
-@pytest.mark.parametrize("method", ["POST", "HEAD", "DELETE", "get"])
-def test_only_get(exporter: Exporter, method: str):
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "get"])
+def test_it_is_only_read(exporter: Exporter, method: str):
     status, headers, _ = ask(exporter, f"{method} /metrics HTTP/1.1\r\n\r\n".encode())
     assert status == "HTTP/1.1 405 Method Not Allowed"
-    assert headers["Allow"] == "GET"
+    assert headers["Allow"] == "GET, HEAD"
+
+
+def test_head_is_get_without_the_body(exporter: Exporter):
+    status, headers, body = ask(exporter, b"HEAD /metrics HTTP/1.1\r\n\r\n")
+    assert status == "HTTP/1.1 200 OK"
+    assert int(headers["Content-Length"]) > 1000
+    assert body == b""
+
+
+@pytest.mark.parametrize(
+    ("host", "welcome"),
+    [
+        ("127.0.0.1:9464", True), ("10.1.2.3", True), ("[::1]:9464", True), ("LocalHost:80", True), (socket.gethostname(), True),
+        ("evil.example", False), ("localhost.evil.example:9464", False), ("127.0.0.1.evil.example", False), ("", False), ("[x]", False),
+    ],
+)  # fmt: skip
+def test_a_web_site_cannot_pass_its_own_name_off_for_loopback(metrics: Metrics, host: str, welcome: bool):
+    request = f"GET /metrics HTTP/1.1\r\nAccept: */*\r\nhost:  {host}\r\n\r\n".encode()
+    with Exporter(metrics.registry, 0) as exporter:
+        status, _, body = ask(exporter, request)
+        assert (status == "HTTP/1.1 200 OK") == welcome == (b"gristmill_mixture_loss" in body)
+        assert welcome or status == "HTTP/1.1 421 Misdirected Request"
+    with Exporter(metrics.registry, 0, "0.0.0.0") as exporter:  # others may reach it, by names unknown here
+        assert ask(exporter, request)[0] == "HTTP/1.1 200 OK"
+
+
+def test_pages_are_given_the_query_and_what_they_raise_is_theirs(metrics: Metrics):
+    async def slow(query: dict[str, str]) -> tuple[str, bytes]:
+        await asyncio.sleep(0.01)
+        return "text/plain", b"awaited"
+
+    pages = {
+        "": lambda query: ("text/html", b"the page"),
+        "board.json": lambda query: ("application/json", json.dumps(query).encode()),
+        "slow": slow,
+        "broken": lambda query: ("text/plain", str(1 // 0).encode()),
+    }
+    with Exporter(metrics.registry, 0, pages=pages) as exporter:
+        assert get(exporter, "/")[2] == b"the page"
+        assert json.loads(get(exporter, "/board.json?since=3&run=%C3%A9+x&blank=")[2]) == {
+            "since": "3",
+            "run": "é x",
+            "blank": "",
+        }
+        assert get(exporter, "/slow")[2] == b"awaited"
+        assert get(exporter, "/board.json?" + "a=1&" * 40)[0] == "HTTP/1.1 400 Bad Request"
+        status, _, body = get(exporter, "/broken")
+        assert status == "HTTP/1.1 500 Internal Server Error"
+        assert b"ZeroDivisionError" in body
+        assert b"/board.json" in get(exporter, "/other")[2]
+        assert b'gristmill_exporter_failures_total{what="page"} 1.0\n' in get(exporter, "/metrics")[2]
+
+
+def test_a_page_that_never_comes_is_given_up(metrics: Metrics, monkeypatch: pytest.MonkeyPatch):
+    async def never(query: dict[str, str]) -> tuple[str, bytes]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    monkeypatch.setattr(module, "DEADLINE", 0.2)
+    with Exporter(metrics.registry, 0, pages={"never": never}) as exporter:
+        assert get(exporter, "/never")[0] == "HTTP/1.1 500 Internal Server Error"
+        assert get(exporter, "/metrics")[0] == "HTTP/1.1 200 OK"
+
+
+def test_a_collector_that_raises_is_a_500_and_not_the_end(metrics: Metrics):
+    class Broken:
+        def collect(self):
+            raise RuntimeError("not now")
+
+    with Exporter(metrics.registry, 0) as exporter:
+        metrics.registry.register(
+            broken := Broken(),
+        )  # pyright: ignore[reportArgumentType]
+    with Exporter(metrics.registry, exporter.port) as exporter:
+        assert get(exporter, "/metrics")[0] == "HTTP/1.1 500 Internal Server Error"
+        metrics.registry.unregister(broken)  # pyright: ignore[reportArgumentType]
+        assert b'gristmill_exporter_failures_total{what="metrics"} 1.0\n' in get(exporter, "/metrics")[2]
+
+
+def test_ticks_go_on_in_the_exporters_thread_whatever_they_raise(metrics: Metrics):
+    seen: list[str] = []
+
+    def tick() -> None:
+        seen.append(threading.current_thread().name)
+        raise RuntimeError("every time")
+
+    with Exporter(metrics.registry, 0, ticks=[(0.01, tick)]) as exporter:
+        eventually(lambda: True if len(seen) > 3 else None)
+        assert get(exporter, "/metrics")[0] == "HTTP/1.1 200 OK"
+        assert exporter.failures["tick"] > 2
+    assert set(seen) == {"gristmill-exporter"}
+    after = len(seen)
+    time.sleep(0.05)
+    assert len(seen) == after
+
+
+def test_another_socket_is_served_too_and_closed_with_it(metrics: Metrics):
+    other = socket.create_server(("127.0.0.1", 0))
+    address = other.getsockname()
+    with Exporter(metrics.registry, 0) as exporter:
+        exporter.also(other)
+        for _ in range(2):
+            with socket.create_connection(address, timeout=30) as client:
+                client.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+                assert client.recv(15) == b"HTTP/1.1 200 OK"
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(address, timeout=30)
+    exporter.also(other := socket.create_server(("127.0.0.1", 0)))  # too late: closed at once
+    assert other.fileno() == -1
 
 
 @pytest.mark.parametrize("request_", [b"\x16\x03\x01\r\n\r\n", b"GET\r\n\r\n", b"GET /metrics SMTP\r\n\r\n"])
@@ -110,7 +220,7 @@ def test_values_are_fresh(metrics: Metrics, exporter: Exporter):
 
 def test_it_listens_on_loopback_only(exporter: Exporter):
     assert exporter.url == f"http://127.0.0.1:{exporter.port}/metrics"
-    assert exporter._socket.getsockname()[0] == "127.0.0.1"
+    assert exporter._sockets[0].getsockname()[0] == "127.0.0.1"
 
 
 def test_a_wildcard_address_is_published_by_name(metrics: Metrics):
