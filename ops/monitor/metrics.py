@@ -26,7 +26,7 @@ from prometheus_client import (
     disable_created_metrics,
 )
 
-from .catalogue import CATALOGUE, HEALTH, MEMORIES, OBJECTIVES, PHASES, PROBES, RESULTS, WHO, Row
+from .catalogue import CATALOGUE, ENUMS, HEALTH, HEALTH_OF, MEMORIES, OBJECTIVES, PROBES, Row
 
 WAIT_WINDOW = 64  # steps behind the data wait ratio: long enough to be calm, short enough to show a stall
 UNKNOWN_KEPT = 16  # names kept for whoever looks for a misspelt one
@@ -49,21 +49,20 @@ class Metrics:
         info: Mapping[str, Any],
         *,
         objectives: Iterable[str] = OBJECTIVES,
-        health: Iterable[str] = HEALTH,
+        health: Iterable[str] | None = None,
         memories: Iterable[str] = MEMORIES,
         probes: Iterable[str] = PROBES,
     ):
         disable_created_metrics()  # a `_created` gauge beside each counter would nearly double the series
         self.registry = CollectorRegistry()
         self.unknown: set[str] = set()  # some of the names that fitted nothing
-        enums = {
+        health_of = HEALTH_OF if health is None else {}
+        names = HEALTH if health is None else tuple(health)
+        enums = ENUMS | {
             "objective": tuple(objectives),
-            "name": tuple(health),
+            "name": names,
             "memory": tuple(memories),
             "probe": tuple(probes),
-            "phase": PHASES,
-            "who": WHO,
-            "result": RESULTS,
         }
         for label, members in enums.items():
             bad = [m for m in members if not re.fullmatch(r"[a-z][a-z0-9_./]{0,47}", m)]
@@ -74,23 +73,39 @@ class Metrics:
         self._actions: dict[str, Action] = {}
         self._waits: deque[tuple[float, float]] = deque(maxlen=WAIT_WINDOW)
         for row in CATALOGUE:
-            free = row.labels[len(row.fixed) :]
-            for members in product(*(enums[label] for label in free)):
-                name = row.name.format(**dict(zip(free, members, strict=True)))
+            for members in product(*(enums[label] for label in row.free)):
+                of = dict(zip(row.free, members, strict=True))
+                if of.get("name", "") not in ("", *health_of.get(of.get("objective", ""), names)):
+                    continue
+                name = row.name.format(**of)
                 values = (*(value for _, value in row.fixed), *members)
                 if name in self._places:
                     raise ValueError(f"two metrics would be fed by the name {name!r}")
                 self._places[name] = (row, values)
-                if row.kind != "gauge":
+                if row.kind != "gauge" and not row.late:
                     self._action(name)
+        self._state = "starting"
+        self.observe(dict.fromkeys(ENUMS["state"], 0.0), "state/")
+        self.observe_state(self._state)
         Info("gristmill_run", "What runs.", registry=self.registry).info(_facts(run, info))
         ProcessCollector(registry=self.registry)
+
+    def observe(self, values: Mapping[str, Any], prefix: str = "") -> None:
+        """Takes numbers under their names in CATALOGUE, all of which begin with `prefix`."""
+        self._put(prefix, values)
+
+    def observe_state(self, state: str) -> None:
+        """Says what this process is doing now, one of labels.STATES."""
+        known = state in ENUMS["state"]
+        self._put("state/", {self._state: 0.0, state: 1.0} if known else {state: 1.0})
+        self._state = state if known else self._state
 
     def observe_step(self, values: Mapping[str, Any]) -> None:
         """Takes one decided step, under the names of CATALOGUE. Tensors are waited for here: hand over numbers.
 
         `phases`: seconds by phase; `seconds`: wall time of the step, else the sum of its phases; `batch`: images of
         this step; `bad`: true, or names of what was not finite. Checkpoints and probes lie between steps.
+        `own_seconds`: what the rank did without waiting for others, else its data wait and forward.
         """
         row = {"steps": 1, "time": time.time(), **values, "bad": bool(values.get("bad"))}
         row.pop("kind", None)
@@ -101,6 +116,9 @@ class Metrics:
             row |= {f"phase/{phase}": value for phase, value in phases.items()}
             if phases and "seconds" not in row:
                 row["seconds"] = sum(value for value in phases.values() if isinstance(value, int | float))
+            if "own_seconds" not in row:
+                own = (phases.get("data_wait"), phases.get("forward"))
+                row["own_seconds"] = sum(value for value in own if isinstance(value, int | float))
         self._put("", row)
         wait, seconds = row.get("phase/data_wait"), row.get("seconds")
         if isinstance(wait, int | float) and isinstance(seconds, int | float) and seconds > 0 <= wait:
@@ -115,7 +133,7 @@ class Metrics:
         self._put("loader/", {field.name: getattr(stats, field.name) for field in fields(stats)})
 
     def observe_memory(self, memory: str, stats: Mapping[str, Any]) -> None:
-        """Takes a memory's `stats()`: fill (ratio), age (steps), norm."""
+        """Takes a memory's `stats()`: fill (ratio), age and expected_age (steps), norm, nonfinite (rows)."""
         self._put(f"memory/{memory}/", stats)
 
     def observe_probe(self, values: Mapping[str, Any], seconds: float | None = None) -> None:
@@ -130,13 +148,14 @@ class Metrics:
         if seconds is not None:
             self._put("phase/", {"probe": seconds})
 
-    def observe_checkpoint(self, *, ok: bool, seconds: float | None = None, size: int | None = None) -> None:
-        """Takes one try: seconds it took, size in bytes. Only a good one renews the age."""
+    def observe_checkpoint(
+        self, *, ok: bool, seconds: float | None = None, size: int | None = None, position: int | None = None
+    ) -> None:
+        """Takes one try: seconds it took, size in bytes, its position. Only a good one renews the age."""
         values: dict[str, Any] = {"ok" if ok else "failed": 1}
         if ok:
             values["time"] = time.time()
-        if ok and size is not None:
-            values["bytes"] = size
+            values |= {name: value for name, value in (("bytes", size), ("position", position)) if value is not None}
         if seconds is not None:
             values["seconds"] = seconds  # most of them beside training; what the step waited is its phase "checkpoint"
         self._put("checkpoint/", values)

@@ -1,283 +1,364 @@
-"""`gristmill status` against real exporters: what it shows, where it looks, and what it says when nobody answers."""
+"""`gristmill status` against real exporters: what it shows of one rank and of many, and what it says when nobody answers."""
 
-import io
 import json
-import math
 import os
-import pty
 import re
-import signal
+import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
-from gristmill.ops.monitor.catalogue import MEMORIES, OBJECTIVES, PHASES
+from gristmill.ops.monitor.asking import Tls, fetch
+from gristmill.ops.monitor.catalogue import CATALOGUE
 from gristmill.ops.monitor.exporter import Exporter
-from gristmill.ops.monitor.metrics import Metrics
-from gristmill.ops.monitor.screen import draw
-from gristmill.ops.monitor.status import Reading, StatusError, fetch, locate, show_status, summarize, watch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from prometheus_client import generate_latest
-from rich.console import Console
+from gristmill.ops.monitor.node import merged
+from gristmill.ops.monitor.status import SilentError, StatusError, show_status
+from gristmill.ops.monitor.tls import Secured
 
+from .processes import NOW, Process
+from .served import Stranger, Two, as_now, shown, target, two_ranks
+from .test_tls import SERVER, Certificates
 
-def step(metrics: Metrics, wait: float = 0.1) -> None:
-    phases = {**dict.fromkeys(PHASES[1:7], 0.1), "data_wait": wait}
-    losses = {f"loss/{objective}": 1.5 for objective in OBJECTIVES}
-    metrics.observe_step({"position": 64, "batch": 32, "loss": 4.5, "lr": 1e-3, "phases": phases, **losses})
+ROOT = Path(__file__).parents[2]
+KEYS = {
+    "": "schema state runs unchecked prometheus",
+    "run": "run facts notes state window_seconds ranks progress bottleneck flow straggler phases loss weights signs "
+    "schedules teacher guard memories probes data disks machine checkpoint goodput alerts verdict",
+    "run.ranks": "expected answering list",
+    "run.ranks.list": "rank node url answers why step last_step_age_seconds own_seconds data_wait_ratio limited_by",
+    "run.progress": "ratio step position images images_per_second step_seconds eta_seconds last_step_age_seconds",
+    "run.bottleneck": "stage rank words remedy data_wait_ratio",
+    "run.straggler": "rank node ratio own_seconds median_seconds because slow",
+    "run.guard": "bad_steps bad_in_a_row rollbacks clipped",
+    "run.teacher": "updates distance_ratio",
+    "run.data": "samples bytes substituted removed quarantined retries throttled_seconds cache",
+    "run.data.cache": "hit_ratio evicted_bytes bytes limit_bytes",
+    "run.machine": "resident_bytes cuda_bytes",
+    "run.checkpoint": "age_seconds age_images every_images bytes ok failed",
+    "run.goodput": "ratio seconds attempts interruptions",
+}
 
 
 @pytest.fixture
-def metrics() -> Metrics:
-    metrics = Metrics("first", {"world": 1, "device": "cpu"})
-    step(metrics)
-    metrics.observe_step({"bad": ["group"], "group/teacher_entropy_ratio": 0.5, "progress": 0.25, "loss": math.nan})
-    for memory in MEMORIES:
-        metrics.observe_memory(memory, {"fill": 0.25, "age": 12.0, "norm": 1.0})
-    metrics.observe_probe({"who": "chance", "coarse_knn": 0.1})
-    metrics.observe_probe({"who": "teacher", "coarse_knn": 0.375})
-    metrics.observe_checkpoint(ok=True, seconds=1.0, size=3 << 20)
-    return metrics
+def two(tmp_path: Path) -> Iterator[Two]:
+    with two_ranks(tmp_path / "first") as found:
+        yield found
 
 
-@pytest.fixture
-def run(metrics: Metrics, tmp_path: Path) -> Iterator[Path]:
-    """A run folder with an exporter behind it."""
-    folder = tmp_path / "first"
-    folder.mkdir()
-    with Exporter(metrics.registry, 0) as exporter:
-        (folder / "metrics.url").write_text(exporter.url + "\n")
-        yield folder
-
-
-def reading(metrics: Metrics) -> Reading:
-    return Reading(generate_latest(metrics.registry).decode())
-
-
-def shown(summary: dict) -> str:
-    page = io.StringIO()
-    Console(file=page, width=160, highlight=False).print(draw(summary))
-    return page.getvalue()
-
-
-def test_one_look(run: Path, capsys: pytest.CaptureFixture[str]):
-    assert show_status(str(run), once=True, as_json=False) == 0
-    page = capsys.readouterr().out
-    for text in ("first", "world=1", "25%", "coarse_knn", "chance 0.1", "teacher 0.375", "3.0 MiB", "ok 1"):
-        assert text in page
-    assert "all nan  instance 1.5" in page
-    assert "1 steps left out" in page
-    assert re.search(r"data_wait +█+░+ +\d+%", page)
-    assert re.search(r"memory\s+instance.queue +█{6}░{18} +25%  age 12  norm 1", page)
-
-
-def test_json_is_json(run: Path, capsys: pytest.CaptureFixture[str]):
-    assert show_status(str(run), once=False, as_json=True) == 0
+def said(capsys: pytest.CaptureFixture[str], *targets: object, **how: Any) -> tuple[int, Any]:
+    """(exit code, the JSON)."""
 
     def refuse(word: str) -> float:
         raise AssertionError(f"{word} is no JSON")
 
-    answer = json.loads(capsys.readouterr().out, parse_constant=refuse)
-    assert answer["run"] == {"run": "first", "world": "1", "device": "cpu"}
-    assert answer["loss"] == {"all": None, "instance": 1.5, "local_group": 1.5, "group": 1.5, "patch": 1.5}
-    assert answer["health"] == {"group": {"teacher_entropy_ratio": 0.5}}
-    assert answer["probes"] == {"coarse_knn": {"chance": 0.1, "teacher": 0.375}}
-    assert answer["memories"]["local_group.teacher"] == {"fill": 0.25, "age": 12.0, "norm": 1.0}
-    assert answer["progress"]["ratio"] == 0.25
-    assert answer["progress"]["bad_steps"] == 1
-    assert answer["checkpoint"]["bytes"] == 3 << 20
-    assert answer["checkpoint"]["ok"] == 1
-    assert 0 <= answer["checkpoint"]["age_seconds"] < 600
-    assert answer["warning"] is None
+    code = show_status([str(target) for target in targets], as_json=True, **{"over": 0.0, **how})
+    return code, json.loads(capsys.readouterr().out, parse_constant=refuse)
 
 
-def test_without_a_terminal_it_looks_once(run: Path, capsys: pytest.CaptureFixture[str]):
-    assert show_status(str(run), once=False, as_json=False) == 0
-    assert "first" in capsys.readouterr().out
+def test_every_metric_that_is_read_exists():
+    """A metric that is renamed must not leave a blank in the view."""
+    known = {row.metric for row in CATALOGUE} | {"gristmill_run_info", "gristmill_step_seconds_sum"}
+    files = [
+        path for path in (ROOT / "ops" / "monitor").glob("*.py") if path.stem in ("summary", "flow", "view", "scene")
+    ]
+    files += (ROOT / "ops" / "monitor").glob("conditions*.py")
+    read = {name for path in files for name in re.findall(r'"(gristmill_\w*[a-z])"', path.read_text())}
+    assert len(read) > 30
+    assert not read - known
+    assert not {name for name, _ in (*Process().gauges, *Process().rates)} - known - {
+        "process_start_time_seconds", "process_resident_memory_bytes",
+    }  # fmt: skip
 
 
-def test_rates_are_those_of_the_time_between_two_looks():
-    metrics = Metrics("first", {})
-    step(metrics, wait=0.0)
-    before = reading(metrics)
-    whole = summarize(before, None, "")
-    assert whole["phases"]["data_wait"] == 0.0
-    assert whole["progress"]["images_per_second"] == pytest.approx(32 / 0.6)
-    step(metrics, wait=0.6)
-    since = summarize(reading(metrics), before, "")
-    assert since["phases"]["data_wait"] == pytest.approx(0.5)
-    assert since["phases"]["probe"] == 0.0
-    assert since["progress"]["images_per_second"] == pytest.approx(32 / 1.2)
-    assert since["progress"]["step_seconds"] == pytest.approx(1.2)
-    still = summarize(reading(metrics), reading(metrics), "")
-    assert still["progress"]["images_per_second"] == pytest.approx(64 / 1.8)
+def test_two_ranks_of_a_run_folder(two: Two, capsys: pytest.CaptureFixture[str]):
+    folder, *_ = two
+    assert show_status([str(folder)], once=True, over=0.0) == 0
+    page = capsys.readouterr().out
+    for text in (
+        *(
+            "OK",
+            "first",
+            "training",
+            "2 of 2 ranks",
+            "recipe recipe",
+            "50%",
+            "image 500,000 of 1,000,000",
+            "64 images/s",
+        ),
+        *("0.5 s/step", "2.2 h left", "limited by the step itself", "coarse_knn", "instance.queue", "age 8.5 of 8.5"),
+        *(
+            "disk of checkpoints",
+            "372.5 GiB free",
+            "goodput",
+            "90%",
+            "s old, 10,000 images ago (one every 40,000)",
+            "80% hits",
+        ),
+    ):
+        assert text in page, text
+    order = [page.index(stage) for stage in ("▸ storage", "▸ reader", "encoded │", "▸ augment", "ready │", "▸ step")]
+    assert order == sorted(order)
+    assert "\x1b" not in page  # no terminal: no colours
 
 
-def test_a_run_that_has_just_begun_can_be_shown():
-    page = shown(summarize(reading(Metrics("new", {})), None, "http://127.0.0.1:1/metrics"))
-    assert "none yet" in page
+def test_the_json_is_as_documented(two: Two, capsys: pytest.CaptureFixture[str]):
+    folder, processes, _ = two
+    processes[0].say("gristmill_loss", float("nan"), objective="group")
+    code, answer = said(capsys, folder)
+    assert code == 0
+    (run,) = answer["runs"]
+    for place, keys in KEYS.items():
+        found: Any = {"run": run} if place else answer
+        for part in filter(None, place.split(".")):
+            found = found[part]
+        found = found[0] if isinstance(found, list) else found
+        assert " ".join(found) == keys, place
+    assert [part["stage"] for part in run["flow"]] == ["storage", "reader", "encoded", "augment", "ready", "step"]
+    assert (answer["schema"], answer["state"], run["verdict"], run["state"]) == (1, "ok", "ok", "training")
+    assert run["loss"]["group"] is None
+    assert run["loss"]["instance"] == 4.0
+    assert run["progress"]["images_per_second"] == pytest.approx(64)
+    assert run["progress"]["eta_seconds"] == pytest.approx(5e5 / 64)
+    assert run["bottleneck"]["stage"] == "consumer"
+    assert run["memories"]["instance.queue"]["expected_age"] == 8.5
+    assert run["data"]["samples"] == pytest.approx(2 * 64 * NOW)
+    assert run["goodput"]["ratio"] == pytest.approx(0.9)
+    assert "GristmillLossSpike" in answer["unchecked"]
 
 
-def test_where_it_looks(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    url = (run / "metrics.url").read_text().strip()
-    assert locate(str(run))[0] == url
-    assert locate("http://127.0.0.1:9464") == ("http://127.0.0.1:9464/metrics", None)
-    assert locate("http://127.0.0.1:9464/metrics") == ("http://127.0.0.1:9464/metrics", None)
-    assert locate("localhost:9464") == ("http://localhost:9464/metrics", None)
+def test_one_rank_is_slow_and_one_is_dead(two: Two, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder, (first, slow), exporters = two
+    dead = as_now(Process(2, world=3))
+    with Exporter(dead.registry(), 0) as gone:
+        target(folder / "targets", dead, gone.port)
+    for process in (first, slow):
+        process.say("gristmill_world_size", 3)
+    slow.labels["node"] = "b"
+    target(folder / "targets", slow, exporters[1].port)
+    slow.grow("gristmill_rank_own_seconds_total", 1.3)
+    slow.grow("gristmill_step_phase_seconds_total", 0.9, phase="data_wait")
+    slow.grow("gristmill_step_phase_seconds_total", 0.1, phase="backward")
+    slow.grow("gristmill_buffer_starved_seconds_total", 0.9, buffer="ready")
+    slow.grow("gristmill_buffer_blocked_seconds_total", 0.0, buffer="ready")
+    slow.grow("gristmill_buffer_starved_seconds_total", 0.9, buffer="encoded")
+    slow.grow("gristmill_storage_seconds_total", 0.18)
+    code, answer = said(capsys, folder)
+    (run,) = answer["runs"]
+    assert code == 0
+    assert [(rank["rank"], rank["answers"]) for rank in run["ranks"]["list"]] == [
+        ("0", True),
+        ("1", True),
+        ("2", False),
+    ]
+    assert "refused" in run["ranks"]["list"][2]["why"].lower()
+    assert run["straggler"] | {"own_seconds": 0, "median_seconds": 0} == {
+        "rank": "1", "node": "b", "ratio": pytest.approx(1.3 / 0.86), "own_seconds": 0, "median_seconds": 0,
+        "because": "its data", "slow": True,
+    }  # fmt: skip
+    assert (run["bottleneck"]["stage"], run["bottleneck"]["rank"]) == ("storage", "1")
+    held = {alert["name"]: alert["masked_by"] for alert in run["alerts"]}
+    assert held == {"GristmillStarvedByStorage": None, "GristmillExporterDown": None}
+    assert (run["verdict"], answer["state"]) == ("warn", "warn")
+    page = shown(answer)
+    assert "data path of rank 1, which waits longest" in page
+    assert "slowest: rank 1 on b, 1.51 × the median, by its data" in page
+    assert "rank 2 does not answer at http://127.0.0.1" in page
+    assert "limited by the storage" in page
+    assert "2 of 3 ranks" in page
+    assert show_status([str(folder)], check=True, over=0.0) == 0  # nobody is woken for that
+    first.say("gristmill_memory_nonfinite_rows", 2, memory="instance.queue")
+    time.sleep(0.3)  # the exporter serves a page again for a while
+    assert show_status([str(folder)], check=True, over=0.0) == 1
+    assert "PAGE" in capsys.readouterr().out
+
+
+def test_a_node_speaks_for_its_ranks(capsys: pytest.CaptureFixture[str]):
+    pages: dict[int, bytes | None] = {rank: as_now(Process(rank)).text().encode() for rank in range(2)}
+    with Stranger(200, merged({**pages, 2: None}, 3)) as url:
+        code, answer = said(capsys, url.replace("/metrics", "/node"))
+    assert code == 0
+    found = {rank["rank"]: (rank["answers"], rank["why"]) for rank in answer["runs"][0]["ranks"]["list"]}
+    assert found == {"0": (True, None), "1": (True, None), "2": (False, "its node says that it does not answer")}
+
+
+def test_several_runs_and_all_ways_to_name_them(two: Two, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder, _, exporters = two
+    other = as_now(Process(0, world=1, run="second"))
+    other.gauges.pop(next(key for key in other.gauges if key[0] == "gristmill_run_info"))
+    other.say("gristmill_run_info", 1, run="other")
+    with Exporter(other.registry(), 0) as exporter:
+        code, answer = said(capsys, folder, exporter.url)
+        assert [run["run"] for run in answer["runs"]] == ["first", "other"]
+        assert code == 0
+        shared = tmp_path / "shared"
+        shared.mkdir()
+        target(shared, other, exporter.port)
+        (shared / "first.json").write_text((folder / "targets" / "00001.json").read_text())
+        _, answer = said(capsys, shared)
+        assert sorted(run["run"] for run in answer["runs"]) == ["first", "second"]
+        _, answer = said(capsys, shared / "first.json")
+        assert [rank["rank"] for run in answer["runs"] for rank in run["ranks"]["list"]] == ["1"]
+    urls = [f"127.0.0.1:{exporters[0].port}", exporters[1].url, f"127.0.0.1:{exporters[1].port}/metrics"]
+    code, answer = said(capsys, *urls)
+    (run,) = answer["runs"]
+    assert len(run["ranks"]["list"]) == 2  # the same one twice is one
+    code, answer = said(capsys, folder, exporter.url)  # the other one is gone now
+    assert code == 1
+    assert [run["verdict"] for run in answer["runs"]] == ["ok", "silent"]
+    code, answer = said(capsys, *urls, exporter.url)
+    assert (code, len(answer["runs"][0]["ranks"]["list"])) == (0, 3)  # it may be a rank of the only run
+
+
+def test_the_newest_run_is_the_one_that_is_meant(
+    two: Two, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    folder, *_ = two
+    monkeypatch.chdir(folder.parent)
+    old = folder.parent / "runs" / "old"
+    old.mkdir(parents=True)
+    (old / "metrics.url").write_text("http://127.0.0.1:1/metrics\n")
+    os.utime(old / "metrics.url", (1, 1))
+    assert said(capsys)[1]["runs"][0]["run"] == "first"
+    monkeypatch.chdir(folder)
+    assert said(capsys)[1]["runs"][0]["run"] == "first"
+
+
+def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refused(*targets: str) -> str:
+        with pytest.raises(StatusError) as error:
+            show_status(targets, once=True)
+        assert getattr(error.value, "code", 2) == 2
+        return str(error.value)
+
+    assert "no run folder" in refused(str(tmp_path / "nowhere"))
+    assert "metrics.port=off" in refused(str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs" / "newer").mkdir(parents=True)
-    (tmp_path / "runs" / "newer" / "metrics.url").write_text("http://127.0.0.1:1/metrics\n")
-    os.utime(run / "metrics.url", (1, 1))
-    assert locate("")[0] == "http://127.0.0.1:1/metrics"
-    monkeypatch.chdir(run)
-    assert locate("")[0] == url
-
-
-def test_what_it_says_when_there_is_nothing_to_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(StatusError, match=r"no run folder .*nowhere"):
-        locate(str(tmp_path / "nowhere"))
-    with pytest.raises(StatusError, match=r"no metrics\.url.*metrics\.port=off"):
-        locate(str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(StatusError, match="gristmill status RUN"):
-        locate("")
+    assert "gristmill status RUN" in refused()
+    (tmp_path / "list.json").write_text("[{")
+    assert "lists no targets" in refused(str(tmp_path / "list.json"))
     for text in ("", "file:///etc/passwd\n", "\x1b[2J"):
         (tmp_path / "metrics.url").write_text(text)
-        with pytest.raises(StatusError, match="holds no URL"):
-            locate(str(tmp_path))
+        assert "holds no URL" in refused(str(tmp_path))
 
 
-def test_a_run_that_was_killed_is_told(run: Path, metrics: Metrics):
-    with Exporter(metrics.registry, 0) as gone:
-        pass
-    (run / "metrics.url").write_text(gone.url)
-    with pytest.raises(StatusError, match=f"nothing answers at http://127.0.0.1:{gone.port}/metrics.*has ended"):
-        show_status(str(run), once=True, as_json=False)
+@pytest.mark.parametrize("body", [b"hello", b"\xff\xfe", b"go_goroutines 8\n", b"x" * (5 << 20), b"a{ 1\n"])
+def test_what_is_no_gristmill_is_refused(body: bytes):
+    with Stranger(200, body) as url, pytest.raises(StatusError, match="is no Gristmill run") as error:
+        show_status([url], once=True)
+    assert not isinstance(error.value, SilentError)
+    with Stranger(200, body) as url, pytest.raises(StatusError, match="is no Gristmill run"):
+        show_status([url], as_json=True)
 
 
-def test_another_run_on_the_same_port_is_told(run: Path, capsys: pytest.CaptureFixture[str]):
-    os.utime(run / "metrics.url", (1, 1))
-    assert show_status(str(run), once=True, as_json=False) == 0
-    assert "another run" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("status", "body"),
-    [(200, b"hello"), (200, b"\xff\xfe"), (200, b"go_goroutines 8\n"), (200, b"x" * (5 << 20)), (200, b"a{ 1\n")],
-)
-def test_what_is_no_gristmill_is_refused(status: int, body: bytes):
-    with Stranger(status, body) as url, pytest.raises(StatusError, match="is no Gristmill run"):
-        fetch(url)
+def test_a_run_that_is_gone_is_told(two: Two, capsys: pytest.CaptureFixture[str]):
+    folder, _, exporters = two
+    for exporter in exporters:
+        exporter.close()
+    with pytest.raises(
+        SilentError, match=r"nothing answers at http://127.0.0.1:\d+/metrics.*nor at 1 more.*has ended"
+    ) as e:
+        show_status([str(folder)], once=True)
+    assert e.value.code == 1
+    (folder / "attempts.jsonl").write_text('{"what": "ended", "why": "DataLossError: gone"}\n')
+    with pytest.raises(SilentError, match=r"its last attempt ended \(DataLossError: gone\)"):
+        show_status([str(folder)], once=True)
+    code, answer = said(capsys, folder)
+    assert (code, answer["state"]) == (1, "silent")
+    assert answer["runs"][0]["alerts"][0]["name"] == "GristmillRanksMissing"
+    for file in [*(folder / "targets").iterdir(), folder / "metrics.url"]:
+        file.unlink()
+    (folder / "attempts.jsonl").write_text(
+        '{"what": "began", "position": 0}\n{"what": "ended", "why": "done\\u001b"}\n'
+    )
+    with pytest.raises(SilentError, match=r"does not run: its last attempt ended \(done\?\)"):
+        show_status([str(folder)], once=True)
 
 
 def test_errors_and_silence_of_a_stranger(monkeypatch: pytest.MonkeyPatch):
-    with Stranger(404, b"") as url, pytest.raises(StatusError, match=r"nothing answers.*404"):
+    with Stranger(404, b"") as url, pytest.raises(SilentError, match=r"nothing answers.*404"):
         fetch(url)
-    with pytest.raises(StatusError, match="nothing answers"):
+    with pytest.raises(SilentError, match="nothing answers"):
         fetch("http://127.0.0.1:99999/metrics")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         thread = threading.Thread(target=lambda: server.accept()[0].sendall(b"220 mail ready\r\n"))
         thread.start()
-        with pytest.raises(StatusError, match="nothing answers"):
+        with pytest.raises(SilentError, match="nothing answers"):
             fetch(f"http://127.0.0.1:{port}/metrics")
         thread.join()
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
-    metrics = Metrics("first", {})
-    with Exporter(metrics.registry, 0) as exporter:
-        assert fetch(exporter.url).info() == {"run": "first"}
+    with Exporter(Process().registry(), 0) as exporter:
+        assert fetch(exporter.url).info()["run"] == "recipe"
 
 
-def test_what_a_stranger_sends_cannot_drive_the_terminal():
-    page = 'gristmill_run_info{run="\x1b[2J[bold]"} 1\ngristmill_loss{objective="\x07[red]"} 1\n'
-    page += 'gristmill_probe_ratio{probe="[/]"} 1\ngristmill_objective_health 1\ngristmill_memory_fill_ratio NaN\n'
-    page += "gristmill_step Inf\ngristmill_progress_ratio -3\ngristmill_read_bytes_total NaN\n"
-    out = shown(summarize(Reading(page), None, ""))
-    assert "\x1b" not in out
-    assert "\x07" not in out
-    assert "?[2J[bold]" in out
-    assert "?[red] 1" in out
+def test_another_run_on_the_same_port_is_told(two: Two, capsys: pytest.CaptureFixture[str]):
+    folder, processes, _ = two
+    for process in processes:
+        process.say("process_start_time_seconds", time.time() + 60)
+    assert show_status([str(folder)], once=True, over=0.0) == 0
+    assert "another run" in capsys.readouterr().out
 
 
-def test_the_live_view_follows_and_ends_with_the_run(metrics: Metrics):
-    page = io.StringIO()
-    console = Console(file=page, width=160, force_terminal=True, highlight=False)
-    codes = []
-    exporter = Exporter(metrics.registry, 0)
-    thread = threading.Thread(target=lambda: codes.append(watch(exporter.url, None, console, 0.05, 1.0)))
-    thread.start()
-    metrics.observe_step({"loss": 1.75})
-    end = time.monotonic() + 60
-    while "all 1.75" not in page.getvalue() and time.monotonic() < end:
-        time.sleep(0.05)
-    exporter.close()
-    thread.join(timeout=60)
-    assert codes == [1]
-    assert "all 1.75" in page.getvalue()
-    assert "no answer for" in page.getvalue()
-    assert "no longer answers" in page.getvalue()
+def test_it_starts_without_torch(two: Two):
+    """Within a second on a quiet machine; counted in modules, since the machine may be busy."""
+    code = (
+        "import sys; from gristmill.ops.cli import main\n"
+        f"try: main(['status', {str(two[0])!r}, '--once', '--over', '0'])\n"
+        "except SystemExit as ended: assert not ended.code\n"
+        "print(sorted({'torch', 'nvidia', 'deepspeed', 'timm', 'pandas', 'matplotlib'} & set(sys.modules)))"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.splitlines()[-1] == "[]"
 
 
-def test_the_live_view_on_a_terminal_ends_with_ctrl_c(run: Path):
-    code = "import sys; from gristmill.ops.monitor.status import show_status; sys.exit(show_status(sys.argv[1], 0, 0))"
-    ours, theirs = pty.openpty()
-    # A suite that was started in the background ignores Ctrl-C, and so would its children.
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(run)], stdout=theirs, stderr=theirs, stdin=theirs,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
-    os.close(theirs)
-    seen = b""
-    while b"checkpoint" not in seen:
-        seen += os.read(ours, 65536)
-    process.send_signal(signal.SIGINT)
-    try:
-        while more := os.read(ours, 65536):
-            seen += more
-    except OSError:
-        pass  # the other side of the terminal is closed
-    os.close(ours)
-    assert process.wait(timeout=30) == 0, seen.decode()
-    assert b"Traceback" not in seen
+def test_alerts_that_prometheus_has(two: Two, capsys: pytest.CaptureFixture[str]):
+    def alert(name: str, state: str, severity: str) -> dict[str, Any]:
+        labels = {"alertname": name, "severity": severity, "run": "first\x1b", "instance": "x"}
+        return {"labels": labels, "annotations": {"summary": "It\x07 is so."}, "state": state, "activeAt": "2026-01-01"}
+
+    found = [alert("GristmillLossSpike", "firing", "page"), alert("GristmillStraggler", "pending", "warn")]
+    found.append(alert("SomebodyElses", "firing", "page"))
+    with Stranger(200, json.dumps({"status": "success", "data": {"alerts": found}}).encode()) as url:
+        place = url.removesuffix("/metrics")
+        code, answer = said(capsys, two[0], prometheus=place, check=True)
+        assert show_status([str(two[0])], once=True, over=0.0, prometheus=place) == 0
+    assert code == 1
+    assert answer["state"] == "page"
+    assert [(one["name"], one["state"]) for one in answer["prometheus"]] == [
+        ("GristmillLossSpike", "firing"), ("GristmillStraggler", "pending"),
+    ]  # fmt: skip
+    page = capsys.readouterr().out
+    assert "firing" in page
+    assert "run first?" in page
+    for body in (b"[]", b"no json", b'{"data": {"alerts": [{}]}}'):
+        with Stranger(200, body) as url, pytest.raises(StatusError, match="is no Prometheus"):
+            show_status([str(two[0])], once=True, over=0.0, prometheus=url)
+    with pytest.raises(StatusError, match=r"no Prometheus answers.*--prometheus"):
+        show_status([str(two[0])], once=True, over=0.0, prometheus="127.0.0.1:1")
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.text(alphabet='abc{}[]=",\\ 1.eN#\n', max_size=80))
-def test_garbage_is_refused_and_not_a_crash(text: str):
-    try:
-        summary = summarize(Reading(text), None, "")
-    except (ValueError, LookupError):  # what fetch() takes for a stranger
-        return
-    assert shown(summary)
-
-
-class Stranger:
-    """A web server that is not ours, on loopback."""
-
-    def __init__(self, status: int, body: bytes):
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                self.send_response(status)
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, format: str, *args: object) -> None:
-                """Says nothing."""
-
-        self.server = HTTPServer(("127.0.0.1", 0), Handler)
-        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
-
-    def __enter__(self) -> str:
-        self.thread.start()
-        return f"http://127.0.0.1:{self.server.server_port}/metrics"
-
-    def __exit__(self, *exception: object) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+def test_over_https(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    if not shutil.which("openssl"):
+        pytest.skip("needs openssl: `make system` installs it")
+    made = Certificates(tmp_path)
+    made.make("ca", None, "-nodes", "-addext", "basicConstraints=critical,CA:TRUE")
+    made.make("server", "ca", *SERVER)
+    made.make("client", "ca", "-nodes")
+    process = as_now(Process(0, world=1))
+    folder = tmp_path / "targets"
+    folder.mkdir()
+    with Exporter(process.registry(), 0, tls=Secured(made.config()).context) as exporter:
+        target(folder, process, exporter.port, __scheme__="https")
+        known = Tls(made["ca.pem"], made["client.pem"], made["client.key"])
+        assert said(capsys, exporter.url, tls=known)[0] == 0
+        assert said(capsys, folder, tls=known)[0] == 0
+        for tls in (Tls(), Tls(made["ca.pem"])):
+            code, answer = said(capsys, exporter.url, tls=tls)
+            assert (code, answer["state"]) == (1, "silent")
+        assert "certificate" in said(capsys, exporter.url)[1]["runs"][0]["ranks"]["list"][0]["why"].lower()
