@@ -20,7 +20,7 @@ from pathlib import Path
 import click
 
 from ...shards.demo import make_demo_images
-from ...shards.engine import ingest
+from ...shards.ingest import ingest_folder
 
 IMAGES = 384  # the fewest that the drawn data set can hold
 # The smallest recipe that still has every part: three objectives, two kinds of view, memories, a frozen last layer.
@@ -37,7 +37,7 @@ SHARED = Path("/dev/shm")
 def tiny_data(folder: Path, seed: int = 0) -> Path:
     """A small data set under `folder`; returns what a recipe calls `data`."""
     make_demo_images(folder / "images", images=IMAGES, size=32, seed=seed)
-    ingest(folder / "images", folder / "data", shard_samples=32)
+    ingest_folder(folder / "images", folder / "data", shard_samples=32)
     return folder / "data" / "train"
 
 

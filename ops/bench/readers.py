@@ -1,7 +1,9 @@
 """The readers that `gristmill bench stream` compares: encoded images, each from its own format, written from the same tars.
 
 Ours, webdataset's, DALI's and others'; those that are not installed raise ImportError when they are asked for. Beside
-them stands what none can fall below that copies out of the page cache and checks what it copied.
+them stands what none can fall below that copies out of the page cache and checks what it copied. What a training step
+takes is a batch, so that is what all are asked for: those that give an image at a time put them into a list, as a
+DataLoader would before it collates. What they take if each image is dropped before the next one stands beside it.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from itertools import chain, count, islice
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,7 @@ from ...pipeline.order import Order, Sequential
 from ...pipeline.reader import Reader
 from ...shards.blob import LocalBlob
 from ...shards.dali import write_idx
+from ...shards.foreign import index_dataset
 from ...shards.index import sample_shard
 from ...shards.manifest import Manifest
 from ...shards.quarantine import Quarantine
@@ -27,17 +31,28 @@ BATCH = 256
 
 
 @lru_cache
-def reader_of(root: Path, order: str, threads: int) -> Reader:
+def reader_of(root: Path, order: str, threads: int, quick: bool = False) -> Reader:
     """One reader for one epoch after the other, as in training: shards' rows are read in the first one only."""
-    manifest = Manifest.open(root / "data" / "train")
+    folder = root / "data" / "train"
+    if quick:
+        folder, tars = root / "quick", folder
+        if not folder.exists():
+            index_dataset(sorted(str(path) for path in tars.glob("*.tar")), folder, threads=1)
+    manifest = Manifest.open(folder)
     kind = Sequential(manifest.counts) if order == "sequential" else Order(manifest.counts, 0, 1, 1 << 22)
     return Reader(manifest, Quarantine(root / "quarantine.jsonl"), order=kind, seed=0, threads=threads)
 
 
-def _ours(root: Path, order: str, threads: int = 2) -> Iterator[np.ndarray]:
-    reader = reader_of(root, order, threads)
-    for first in range(0, reader.library.samples, BATCH):
-        yield from reader.read(np.arange(first, min(first + BATCH, reader.library.samples))).data
+@lru_cache
+def _images_of(reader: Reader) -> Iterator[np.ndarray]:
+    """Batch after batch, epoch after epoch: a stream has no short batch at its end."""
+    batches = (reader.read(np.arange(first, first + BATCH)).data for first in count(0, BATCH))
+    return chain.from_iterable(batches)
+
+
+def _ours(root: Path, order: str, threads: int = 2, quick: bool = False) -> Iterator[np.ndarray]:
+    reader = reader_of(root, order, threads, quick)
+    yield from islice(_images_of(reader), reader.library.samples)
 
 
 @lru_cache
@@ -104,7 +119,8 @@ def _mosaic(root: Path, shuffle: bool) -> Iterator[bytes]:
         yield sample["jpg"]
 
 
-def _litdata(root: Path, shuffle: bool) -> Iterator[bytes]:
+def _litdata(root: Path, shuffle: bool, views: bool = False) -> Iterator[bytes | memoryview]:
+    """It gives views of a mapped file, of which no byte was read; but for `views` they are brought into memory."""
     from litdata import StreamingDataset  # pyright: ignore[reportMissingImports]
     from litdata.streaming.writer import BinaryWriter  # pyright: ignore[reportMissingImports]
 
@@ -116,7 +132,8 @@ def _litdata(root: Path, shuffle: bool) -> Iterator[bytes]:
             writer[number] = data
         writer.done()
         writer.merge()
-    yield from StreamingDataset(str(out), shuffle=shuffle)
+    for sample in StreamingDataset(str(out), shuffle=shuffle):
+        yield sample if views else bytes(sample)
 
 
 def _energon(root: Path) -> Iterator[bytes]:
@@ -159,6 +176,8 @@ READERS: dict[str, ReadAll] = {
     "gristmill, shuffled": lambda root: _ours(root, "shuffled"),
     "gristmill, as on disk": lambda root: _ours(root, "sequential"),
     "gristmill, shuffled, 1 thread": lambda root: _ours(root, "shuffled", 1),
+    "gristmill, quick index, shuffled": lambda root: _ours(root, "shuffled", 2, quick=True),
+    "gristmill, quick index, as on disk": lambda root: _ours(root, "sequential", 2, quick=True),
     "a copy and a checksum, nothing else": lambda root: _bare(root, True),
     "a copy, nothing else": lambda root: _bare(root, False),
     "DALI's webdataset reader": _dali,
@@ -166,13 +185,22 @@ READERS: dict[str, ReadAll] = {
     "MosaicML Streaming, as on disk": lambda root: _mosaic(root, False),
     "litData, shuffled": lambda root: _litdata(root, True),
     "litData, as on disk": lambda root: _litdata(root, False),
+    "litData, shuffled, mapped but not read": lambda root: _litdata(root, True, views=True),
+    "litData, as on disk, mapped but not read": lambda root: _litdata(root, False, views=True),
     "Energon": _energon,
 }
+# These give one image at a time; all others give whole batches, and have no other way.
+SINGLY = ("webdataset", "MosaicML", "litData")
 
 
-def read_all(reader: ReadAll, root: Path) -> tuple[int, int]:
-    """One pass: images and bytes read."""
-    count = total = 0
+def read_all(reader: ReadAll, root: Path, held: bool = False) -> tuple[int, int]:
+    """One pass: images and bytes read. Each image is dropped at once, or `held` until its batch is full."""
+    number = total = 0
+    batch = []
     for image in reader(root):
-        count, total = count + 1, total + len(image)
-    return count, total
+        number, total = number + 1, total + len(image)
+        if held:
+            batch.append(image)
+            if len(batch) == BATCH:
+                batch = []
+    return number, total

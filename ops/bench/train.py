@@ -25,7 +25,7 @@ from rich.table import Table
 from ...models.student import Student
 from ...models.teacher import make_teacher
 from ...shards.demo import make_demo_images
-from ...shards.engine import ingest
+from ...shards.ingest import ingest_folder
 from ..engine import Engine
 from ..launch import join, leave, quiet_deepspeed
 from ..recipe import Recipe, dump_recipe, load_recipe
@@ -55,7 +55,7 @@ def bench_train(steps: int, as_json: bool, only: tuple[str, ...] = (), overrides
     with tempfile.TemporaryDirectory(prefix="gristmill-bench-") as folder:
         root = Path(folder)
         make_demo_images(root / "images", images=640)
-        ingest(root / "images", root / "data")
+        ingest_folder(root / "images", root / "data")
         for name, part in parts.items():
             if not only or name in only:
                 found[name] = part(root, steps, overrides)

@@ -27,7 +27,7 @@ from rich.table import Table
 
 from ...pipeline.views import StreamConfig, View
 from ...shards.demo import make_demo_images
-from ...shards.engine import ingest
+from ...shards.ingest import ingest_folder
 from ...shards.manifest import Manifest
 
 BATCH = 64
@@ -58,7 +58,7 @@ def bench_views(images: Path | None, samples: int, as_json: bool, only: tuple[st
         if images is None:
             images = root / "images"
             make_demo_images(images, images=1000, size=400)
-        ingest(images, root / "data", shard_samples=250)
+        ingest_folder(images, root / "data", shard_samples=250)
         for setting in only or SETTINGS:
             rows = {name: _apart(name, setting, filter, root, samples) for name in LOADERS}
             base = rows[BASE]
@@ -77,7 +77,7 @@ def bench_views(images: Path | None, samples: int, as_json: bool, only: tuple[st
 
 def _apart(what: str, setting: str, filter: str, root: Path, samples: int) -> dict[str, Any]:
     """One measurement in a process of its own; {"missing": why} if it cannot be made here."""
-    command = [sys.executable, "-m", __name__, what, setting, filter, str(root), str(samples)]
+    command = [sys.executable, "-m", __name__, what, setting, filter, str(root), str(samples), str(BATCH)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     how: dict[str, Any] = {"capture_output": True, "text": True, "check": False, "env": environment}
     try:
@@ -271,7 +271,8 @@ def _main(what: str, setting: str, filter: str, root: Path, samples: int) -> dic
 
 
 if __name__ == "__main__":
-    what, setting, filter, folder, samples = sys.argv[1:]
+    what, setting, filter, folder, samples, batch = sys.argv[1:]
+    BATCH = int(batch)
     answer = json.dumps(_main(what, setting, filter, Path(folder), int(samples)))
     sys.stdout.write(f"\n{answer}\n")
     sys.stdout.flush()

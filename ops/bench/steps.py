@@ -1,0 +1,227 @@
+"""One measurement of `gristmill bench objectives` that wants a process of its own: a whole training step, or its parts.
+
+    python -m gristmill.ops.bench.steps WHAT SETTINGS
+
+WHAT: "plain" (plain_step.py), "ours fp32", "ours autocast", "ours fp32, recompute", "backbones fp32", "backbones bf16"
+(timm's, one pass a crop size, student forward and backward, teacher forward), "products". SETTINGS is JSON: overrides (of the recipe
+mugs-vits16-100), steps, threads. The last line printed is JSON. Memory is the kernel's own peak of the process (VmHWM) less what it
+held (VmRSS) with everything imported and nothing built: weights, moments, memories, activations, scratch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from ...models.teacher import make_teacher
+from ...objectives import Outcome
+from ..engine import Engine
+from ..guard import Guard
+from ..heap import keep_no_heap
+from ..inputs import Inputs, Origin
+from ..launch import join, leave, quiet_deepspeed
+from ..networks import build_mixture, build_student
+from ..recipe import Recipe, load_recipe
+from ..schedule import cosine
+from .plain_step import PlainStep, backbone_tokens, plain_backbone
+
+RECIPE = "mugs-vits16-100"
+# What a step is made of, by the names of torch's operators; the first that fits counts.
+KINDS = {
+    "matrix products": ("mm", "bmm", "addmm", "addbmm", "conv", "linear"),
+    "attention": ("scaled_dot_product", "_softmax"),
+    "GELU": ("gelu",),
+    "norms": ("layer_norm", "vector_norm", "weight_norm"),
+    "optimizer and EMA": ("adam", "lerp", "addcdiv", "sqrt"),
+    "copies": ("copy_", "cat", "index", "clone", "fill_", "zero", "stack", "contiguous"),
+}
+
+
+def recipe_of(settings: dict[str, Any], *more: str) -> Recipe:
+    fixed = [
+        "data=none",
+        "batch=4",
+        "images=4096",
+        "checkpoint.every=4096",
+        "checkpoint.keep_every=4096",
+        "probes.at=[]",
+    ]
+    return load_recipe(
+        settings.get("recipe", RECIPE),
+        [*fixed, "optimizer.freeze_last_layer=0", *settings["overrides"], *more],
+        settings.get("tiny", False),
+    )
+
+
+IMAGES = 1 << 16  # of the data set that an objective may believe in
+
+
+def memory(what: str) -> float:
+    """VmRSS or VmHWM of this process, in MB; nan where there is no /proc."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return float("nan")
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(what + ":")), float("nan"))
+
+
+class OurStep:
+    """The loop's step (ops/train.py) on random crops, without data, log and checkpoint."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe, self.inputs, self.position = recipe, Inputs(recipe, 0, 1, "cpu"), 0
+        if recipe.engine.recompute:
+            keep_no_heap()
+        student = build_student(recipe)
+        student.backbone.recompute = recipe.engine.recompute
+        self.depth = len(student.backbone.blocks)
+        self.mixture = build_mixture(recipe, student, images=IMAGES)
+        self.engine = Engine(student, make_teacher(student), recipe)
+        self.guard = Guard(recipe.guard)
+        # Every crop the whole of a picture of its own size: what objectives ask for, and as good as any.
+        whole = torch.eye(3)[:2]
+        cut = {view.name: whole.expand(recipe.batch, view.count, 2, 3) for view in recipe.views}
+        self.origin = Origin(torch.arange(recipe.batch), cut)
+
+    def run(self, teacher_crops: list[Tensor], student_crops: list[Tensor]) -> dict[str, float]:
+        """One step; losses by name."""
+        engine, mixture, progress = self.engine, self.mixture, self.position / self.recipe.images
+        info = self.inputs.info(self.position, progress, 0, self.origin, IMAGES)
+        targets = engine.teacher(teacher_crops, mixture.teacher_context()) if mixture.needs_teacher else {}
+        aims = mixture.aims(targets, info)
+        context = mixture.context() | aims | self.inputs.draws(self.position, 0, self.depth)
+        outcome = mixture.loss(engine(student_crops, context), targets | aims, info)
+        engine.backward(outcome.loss)
+        engine.set_rates(progress, self.recipe.batch / self.recipe.images)
+        verdict = self.guard.judge([outcome], engine.squares(), partial=False)
+        if verdict.bad or not engine.step(verdict.norms):
+            raise RuntimeError(f"the step that is measured was not taken: {verdict.bad}")
+        engine.teacher.update(cosine(*self.recipe.teacher.momentum, progress))
+        mixture.commit(Outcome(outcome.loss.detach(), {}, outcome.commit))
+        self.position += self.recipe.batch
+        return {name: float(outcome.logs[f"loss/{name}"]) for name in mixture.objectives}
+
+
+def crops_of(recipe: Recipe) -> tuple[list[Tensor], list[Tensor]]:
+    """Noise in the sizes of the recipe: the teacher's crops and the student's, a tensor a size."""
+    inputs, generator = Inputs(recipe, 0, 1, "cpu"), torch.Generator().manual_seed(0)
+    views = {
+        view.name: torch.randn(recipe.batch, view.count, 3, view.size, view.size, generator=generator)
+        for view in recipe.views
+    }
+    return inputs.crops(views, inputs.teacher, 0), inputs.crops(views, inputs.student, 0)
+
+
+def plain_of(recipe: Recipe) -> PlainStep:
+    wanted = recipe.objectives
+    assert wanted.instance is not None
+    assert wanted.local_group is not None
+    return PlainStep(recipe.student, batch=recipe.batch, queue=wanted.instance.queue, memory=wanted.local_group.memory)
+
+
+def backbones_of(recipe: Recipe, bf16: bool) -> Callable[[list[Tensor], list[Tensor]], object]:
+    """timm's backbone alone with its fused attention: the passes that every such step consists of."""
+    student, teacher = (plain_backbone(recipe.student, 0.0, fused=True) for _ in range(2))
+
+    def run(teacher_crops: list[Tensor], student_crops: list[Tensor]) -> None:
+        student.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            with torch.no_grad():
+                for x in teacher_crops:
+                    backbone_tokens(teacher, x)
+            out = [backbone_tokens(student, x) for x in student_crops]
+        torch.stack([x.float().square().mean() for x in out]).sum().backward()
+
+    return run
+
+
+def timed(run: Callable[[], object], steps: int, bound: float = 90.0) -> dict[str, float]:
+    """Wall and CPU seconds (all threads) of a step, the least of `steps` after one to warm up, of fewer past `bound` seconds."""
+    begin, walls, cpus = time.perf_counter(), [], []
+    run()
+    while len(walls) < steps and (not walls or time.perf_counter() - begin < bound):
+        wall, cpu = time.perf_counter(), time.process_time()
+        run()
+        walls.append(time.perf_counter() - wall)
+        cpus.append(time.process_time() - cpu)
+    return {"seconds": min(walls), "cpu_seconds": min(cpus), "slowest_seconds": max(walls)}
+
+
+def shares_of(run: Callable[[], object]) -> dict[str, float]:
+    """Of the time inside operators, by kind."""
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        run()
+    spent = dict.fromkeys([*KINDS, "the rest"], 0.0)
+    for event in recorded.key_averages():
+        name = event.key.removeprefix("aten::")
+        kind = next((kind for kind, marks in KINDS.items() if any(mark in name for mark in marks)), "the rest")
+        spent[kind] += event.self_cpu_time_total
+    total = sum(spent.values())
+    return {kind: value / total for kind, value in spent.items()}
+
+
+def product_rates(recipe: Recipe, seconds: float = 1.0) -> dict[str, float]:
+    """GFLOP/s (a multiply-add counts as two) at the sizes of a ViT block's layers over one size of crops, forward and backward."""
+    dim, rows = build_student(recipe).backbone.embed_dim, recipe.batch * 2 * 197
+    found = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        spent = work = 0.0
+        for inner, outer in ((dim, 4 * dim), (4 * dim, dim), (dim, 3 * dim)):
+            x, y, w = (torch.randn(*s).to(dtype) for s in ((rows, inner), (rows, outer), (outer, inner)))
+            for product in (lambda x=x, w=w: linear(x, w), lambda y=y, w=w: y @ w, lambda x=x, y=y: y.t() @ x):
+                least, begin = float("inf"), time.perf_counter()
+                product()
+                while least == float("inf") or time.perf_counter() - begin < seconds / 9:
+                    start = time.perf_counter()
+                    product()
+                    least = min(least, time.perf_counter() - start)
+                spent, work = spent + least, work + 2.0 * rows * inner * outer
+        found[name] = work / spent / 1e9
+    return found
+
+
+def measure(what: str, settings: dict[str, Any]) -> dict[str, Any]:
+    precision = "autocast" if "autocast" in what else "fp32"
+    recipe = recipe_of(settings, f"precision={precision}", f"engine.recompute={str('recompute' in what).lower()}")
+    if what == "products":
+        return product_rates(recipe, settings.get("seconds", 1.0))
+    if what.startswith("ours"):
+        quiet_deepspeed()
+        join()
+    before = memory("VmRSS")
+    if what == "plain":
+        step: Callable[[list[Tensor], list[Tensor]], object] = plain_of(recipe).run
+    else:
+        step = OurStep(recipe).run if what.startswith("ours") else backbones_of(recipe, "bf16" in what)
+    crops = crops_of(recipe)
+    found: dict[str, Any] = timed(lambda: step(*crops), settings["steps"])
+    found |= {"memory_MB": memory("VmHWM") - before, "process_MB": memory("VmHWM")}
+    if settings.get("profile", True):
+        found["shares"] = shares_of(lambda: step(*crops))
+        with FlopCounterMode(display=False) as counter:
+            step(*crops)
+        found["GFLOP"] = counter.get_total_flops() / 1e9
+    if what.startswith("ours"):
+        del step
+        leave()
+    return found
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    given = json.loads(sys.argv[2])
+    torch.set_num_threads(given["threads"])
+    torch.set_flush_denormal(True)
+    torch.manual_seed(0)
+    sys.stdout.write(f"\n{json.dumps(measure(sys.argv[1], given))}\n")
