@@ -64,3 +64,119 @@ def bench_views(images: Path | None, samples: int, only: tuple[str, ...], filter
     from .bench.views import bench_views as run
 
     sys.exit(run(images, samples, as_json, only, filter))
+
+
+@bench.command(
+    "ingest",
+    epilog=example(
+        "gristmill bench ingest --images PHOTOS --img2dataset other-env/bin/img2dataset",
+        "gristmill bench ingest --images PHOTOS --only memory --candidates 10000 --candidates 1000000",
+    ),
+)
+@click.option("--images", type=FOLDER, required=True, help="Folder of JPEG photographs.")
+@click.option("--samples", type=click.IntRange(10), default=4000, show_default=True, help="How many of them.")
+@click.option("--img2dataset", metavar="COMMAND", help="img2dataset's command, from an environment of its own.")
+@click.option(
+    "--candidates", type=click.IntRange(100), multiple=True, default=(10_000,), show_default=True, help="For memory."
+)
+@click.option(
+    "--only", type=click.Choice(["urls", "files", "memory"]), multiple=True, help="These parts (default: all)."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def bench_ingest(
+    images: Path,
+    samples: int,
+    img2dataset: str | None,
+    candidates: tuple[int, ...],
+    only: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Taking in an image, against img2dataset and a plain ShardWriter loop; memory by number of candidates."""
+    from .bench.ingest import bench_ingest as run
+
+    sys.exit(run(images, samples, img2dataset, candidates, only, as_json))
+
+
+@bench.command(
+    "objectives",
+    epilog=example(
+        "gristmill bench objectives", "gristmill bench objectives --only step --threads 1 --rounds 3 --json",
+        "gristmill bench objectives --only growth --plot growth.png", "gristmill bench objectives --only parts --steps 2",
+    ),
+)  # fmt: skip
+@click.option(
+    "--only", type=click.Choice(["forms", "step", "growth", "parts"]), multiple=True, help="These parts (default: all)."
+)
+@click.option("--steps", type=click.IntRange(1), default=3, show_default=True, help="Steps of each kind in a round.")
+@click.option("--rounds", type=click.IntRange(1), default=1, show_default=True, help="Turns of all kinds of steps.")
+@click.option("--threads", type=click.IntRange(0), default=0, show_default="one a core", help="Threads of each.")
+@click.option("--bf16", is_flag=True, help="Measure steps in bf16 even where its products are slower than float32's.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the growth into this PNG.")
+@click.option("--tiny", is_flag=True, help="Networks and memories so small that the figures mean nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def bench_objectives(
+    only: tuple[str, ...], steps: int, rounds: int, threads: int, bf16: bool, plot: Path | None, tiny: bool,
+    as_json: bool, overrides: tuple[str, ...],
+) -> None:  # fmt: skip
+    """A Mugs step and its parts against the way the official code computes it: time, memory, growth.
+
+    And "parts": a step of multigrain, and what each of its objectives adds to it.
+    """
+    from .bench.objectives import bench_objectives as run
+
+    sys.exit(
+        run(
+            as_json, only, plot=plot, threads=threads, steps=steps, rounds=rounds, bf16=bf16, tiny=tiny,
+            overrides=overrides,
+        )
+    )  # fmt: skip
+
+
+@bench.command(
+    "learning",
+    epilog=example(
+        "gristmill bench learning --out results --tiny",
+        "gristmill bench learning --out results --set procedural --seed 0 --arm Mugs --arm multigrain",
+        "gristmill bench learning --out results --plot learning.png",
+    ),
+)
+@click.option("--out", type=FOLDER, required=True, help="Results, data sets and runs; what is there is not made again.")
+@click.option(
+    "--set",
+    "sets",
+    type=click.Choice(["procedural", "fashion", "photographs"]),
+    multiple=True,
+    help="These data sets (default: all).",
+)
+@click.option(
+    "--arm", "arms", multiple=True, metavar="ARM", help="These ways to learn (default: all; a wrong one lists them)."
+)
+@click.option("--seed", "seeds", type=click.IntRange(0), multiple=True, help="These seeds (default: 3, 4, 5).")
+@click.option("--images", type=click.IntRange(32), default=12000, show_default=True, help="Images of each run.")
+@click.option(
+    "--tiny",
+    is_flag=True,
+    help="One seed, few images, small sets: the machinery in some minutes, figures mean nothing.",
+)
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the arms into this PNG.")
+@click.option("--json", "as_json", is_flag=True, help="Print means and spreads as JSON.")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def bench_learning(
+    out: Path, sets: tuple[str, ...], arms: tuple[str, ...], seeds: tuple[int, ...], images: int, tiny: bool,
+    plot: Path | None, as_json: bool, overrides: tuple[str, ...],
+) -> None:  # fmt: skip
+    """One granularity or several? The same student, crops and samples under each objective, on three data sets.
+
+    Each arm is asked a probe for each granularity. Kill it and start it again: finished pieces stay. Start it twice, and
+    two processes share the work. All of it takes some three hours of two cores.
+    """
+    from .bench.learning import ARMS, SEEDS, LearningError
+    from .bench.learning import bench_learning as run
+
+    if strange := [arm for arm in arms if arm not in ARMS]:
+        raise LearningError(f"there is no arm {strange[0]!r}; there are {', '.join(ARMS)}")
+    chosen = sets or ("procedural", "fashion", "photographs")
+    pictures, seeds = (480, seeds or SEEDS[:1]) if tiny else (None, seeds or SEEDS)
+    run_images = 256 if tiny else images
+    sys.exit(run(out, chosen, arms or tuple(ARMS), seeds, run_images, pictures, overrides, as_json=as_json, plot=plot))

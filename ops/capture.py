@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..pipeline.loader import Batch
-from .checkpoint import CheckpointError, Content, Part
+from .checkpoint import CheckpointError, Content, Part, Saved
 from .guard import Verdict
+from .inputs import Origin
 from .stores import open_store
 from .writer import Writer
 
@@ -60,12 +61,21 @@ def capture(run: Run, batch: Batch, verdict: Verdict, keys: list[str]) -> Path |
     return None
 
 
+def origin_of(saved: Saved, rank: int) -> Origin:
+    """Where a rank's share of a captured batch came from."""
+    places = saved.assembled(f"origin.{rank}")
+    cut = {name.removeprefix("geometry."): t for name, t in places.items() if name.startswith("geometry.")}
+    return Origin(places["index"], cut)
+
+
 def _content(run: Run, batch: Batch, verdict: Verdict, keys: list[str]) -> Content:
     content = run.content()
     views = [
         Part(f"views.{run.rank}", name, 0, tuple(crops.shape), crops.detach().reshape(-1))
         for name, crops in batch.views.items()
     ]
+    places = {"index": run.feed.index(batch.ids), **{f"geometry.{name}": cut for name, cut in batch.geometry.items()}}
+    views += [Part(f"origin.{run.rank}", n, 0, tuple(t.shape), t.detach().reshape(-1)) for n, t in places.items()]
     noted = {
         "bad": verdict.bad,
         "culprits": verdict.culprits,

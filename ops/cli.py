@@ -7,14 +7,31 @@ lost or stands still, start the same command again. torchrun itself always ends 
 
 from __future__ import annotations
 
-from . import bench_commands, data_commands, look_commands, run_commands
+from . import (
+    bench_commands,
+    data_commands,
+    doctor_commands,
+    evaluate_commands,
+    ingest_commands,
+    keeping_commands,
+    look_commands,
+    monitor_commands,
+    plan_commands,
+    run_commands,
+)
 from .commands import main
 
 __all__ = [
     "bench_commands",
     "data_commands",
+    "doctor_commands",
+    "evaluate_commands",
+    "ingest_commands",
+    "keeping_commands",
     "look_commands",
     "main",
+    "monitor_commands",
+    "plan_commands",
     "run_commands",
 ]  # importing them is what adds their commands
 

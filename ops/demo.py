@@ -15,10 +15,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ..shards.demo import make_demo_images
-from ..shards.engine import ingest
+from ..shards.demo import MASKS, make_demo_images
 from ..shards.errors import GristmillError
+from ..shards.ingest import ingest_folder
 from ..shards.manifest import Manifest
+from ..shards.storage import published
+from .evaluate.masks import PARTS
 from .evaluate.online import shown
 from .progress import Meter
 from .recipe import load_recipe
@@ -26,6 +28,7 @@ from .report import write_report
 from .runlog import read_log
 from .train import train
 
+WIDE = 6  # columns of probes that a terminal still shows
 HOLDOUT = 0.2  # of the images are kept from training; probes ask with them
 TINY_IMAGES = 1024
 
@@ -74,6 +77,7 @@ def _same_source(out: Path, source: dict) -> None:
 
 def _prepare(out: Path, images: Path | None, *, seed: int, tiny: bool) -> None:
     if (out / "data" / "train" / "dataset.json").is_file():
+        _lay_masks(out)
         return
     if images is None:
         images = out / "images"
@@ -84,19 +88,39 @@ def _prepare(out: Path, images: Path | None, *, seed: int, tiny: bool) -> None:
                 make_demo_images(beside, seed=seed, progress=meter, **({"images": TINY_IMAGES} if tiny else {}))
             beside.rename(images)
     with Meter("packing", 0) as meter:
-        report = ingest(images, out / "data", holdout=HOLDOUT, progress=meter)
+        report = ingest_folder(images, out / "data", holdout=HOLDOUT, progress=meter)
         meter.note(report.summary())
+    _lay_masks(out)
+
+
+def _lay_masks(out: Path) -> None:
+    """The drawn images' parts, which segmentation is probed with, go beside the shards, where `gristmill eval` looks."""
+    masks, there = out / "images" / MASKS, out / "data" / PARTS
+    if masks.is_file() and not there.exists():
+        with published(there) as file, masks.open("rb") as source:
+            shutil.copyfileobj(source, file)
 
 
 def probe_table(folder: Path) -> Table:
     """Probes by who was probed: chance, raw pixels, the untrained network, the teacher on its way."""
     rows = [line for line in read_log(folder / "metrics.jsonl") if line["kind"] == "probe"]
     names = [name for name in (rows[-1] if rows else {}) if name not in ("kind", "who", "position", "seconds")]
-    table = Table(title="probes", title_justify="left")
-    table.add_column("")
+    if len(names) > WIDE:  # many probes: one a line
+        table = Table("", *(_who(row) for row in rows), title="probes", title_justify="left")
+        for name in names:
+            table.add_row(name.replace("_", " "), *(_score(name, row) for row in rows))
+        return table
+    table = Table("", title="probes", title_justify="left")
     for name in names:
         table.add_column(name.replace("_", " "), justify="right")
     for row in rows:
-        who = row["who"] if row["who"] != "teacher" else f"teacher after {row['position']} images"
-        table.add_row(who, *(shown(name, row[name]) if row.get(name) is not None else "-" for name in names))
+        table.add_row(_who(row), *(_score(name, row) for name in names))
     return table
+
+
+def _who(row: dict) -> str:
+    return row["who"] if row["who"] != "teacher" else f"teacher after {row['position']} images"
+
+
+def _score(name: str, row: dict) -> str:
+    return "-" if row.get(name) is None else shown(name, row[name])

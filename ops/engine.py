@@ -21,7 +21,7 @@ from .deepspeed_config import deepspeed_config
 from .launch import quiet_deepspeed
 from .optimizers import clip_scales, lars_scales, make_optimizer, parameter_groups
 from .recipe import Recipe
-from .schedule import cosine, warmup_cosine
+from .schedule import cosine
 from .segments import Segments
 from .teacher import EmaTeacher
 from .zero import layout
@@ -60,6 +60,10 @@ class Engine:
             config=deepspeed_config(dict(recipe.engine.deepspeed), **settings),
             dist_init_required=False,
         )
+        if (
+            self.stage == 0 and world == 1
+        ):  # else it copies all gradients into one tensor and back, to send them nowhere
+            self._engine.enable_backward_allreduce = False
         self.module: nn.Module = self._engine.module
         for name, buffer in self.module.named_buffers():
             if buffer.dtype != buffers[name].dtype:  # statistics in bf16 would stop moving
@@ -98,10 +102,10 @@ class Engine:
         """Apply the schedules at `progress` (0..1 of the run); `step` is one batch's share of it."""
         config, self._progress = self.recipe.optimizer, progress
         peak = config.lr * self.recipe.batch / 256
-        lr = warmup_cosine(peak, config.min_lr, config.warmup, progress, step)
+        lr = config.lr_at(peak, progress, step)
         decay = cosine(*config.weight_decay, progress)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
+            group["lr"] = (peak if group["constant"] else lr) * group["lr_scale"]
             # LARS takes the decay into its trust ratio, so that the momentum below must not see it again.
             group["weight_decay"] = decay if group["decays"] and config.name != "lars" else 0.0
             # No step and no moments, as the official code has it by dropping the gradient.

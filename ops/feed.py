@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ..pipeline.cursor import Cursor
 from ..pipeline.loader import Loader
@@ -38,6 +40,7 @@ class Feed:
             raise RecipeError(f"batch: {recipe.batch} is more than the {selected} images of {names}")
         self.ranks_per_node = min(world, int(os.environ.get("LOCAL_WORLD_SIZE", world)))
         self.stream: Stream | None = None
+        self._starts: np.ndarray | None = None
 
     def begin(self, cursor: Cursor | None, everyones: Everyones) -> Cursor:
         """Set the stream up, anew or from a checkpoint's cursor; the cursor to go on with. Collective.
@@ -61,6 +64,19 @@ class Feed:
             stream = self._stream(Cursor.from_json(told), first=False)
         self.stream = stream
         return stream.cursor
+
+    @property
+    def images(self) -> int:
+        """How many images the data sets have together, the left out ones included: what `index` counts."""
+        assert self.stream is not None
+        return int(self.stream.counts.sum())
+
+    def index(self, ids: np.ndarray) -> Tensor:
+        """Numbers of images, int64 [n] on the host, of their places (shard, row) [n, 2]: shard by shard, row by row."""
+        assert self.stream is not None
+        if self._starts is None or len(self._starts) != len(self.stream.counts):
+            self._starts = np.concatenate([[0], np.cumsum(self.stream.counts)])[:-1]
+        return torch.from_numpy(self._starts[ids[:, 0]] + ids[:, 1])
 
     def go_back(self, now: Cursor, then: Cursor) -> Cursor:
         """The cursor of an earlier checkpoint of this run, with what was decided about the data since: growth, weights."""

@@ -19,18 +19,48 @@ def check_objectives(recipe: Recipe) -> None:
     wanted = recipe.objectives
     teacher = sum(view.count for view in recipe.views if view.role != "student")
     student = sum(view.count for view in recipe.views if view.role != "teacher")
-    try:
-        pair_weights(teacher, student, 0)
-    except ValueError as error:
-        raise ValueError(f"views: {error}") from error
+    both = any(view.role == "both" for view in recipe.views)
+    for name, config in wanted.chosen().items():
+        # Whether teacher crop i and student crop i are compared: where they are one crop, nobody does.
+        same = both or name in ("local_group", "group") or getattr(config, "pairs", "") == "mugs"
+        if getattr(config, "needs_teacher", True) and name != "patch":
+            try:
+                pair_weights(teacher, student, 0, same=same)
+            except ValueError as error:
+                raise ValueError(f"views: {name}: {error}") from error
+    alone = {  # of objectives without a teacher: whether the student's crops will do, and what would
+        "batch_contrast": (student == 2, "two crops"),
+        "bootstrap": (student > 1, "two crops or more"),
+        "bank": (student == 1, "one crop"),
+    }
+    for name, (fits, crops) in alone.items():
+        config = getattr(wanted, name)
+        if config and not getattr(config, "needs_teacher", True) and not fits:
+            raise ValueError(f"views: {name}: it wants {crops} of each image for the student, not {student}")
     rows = recipe.batch * teacher
-    for name in ("instance", "local_group"):
+    for name in ("instance", "dense", "local_group", "hierarchy"):
         config = getattr(wanted, name)
         if config and config.queue < rows:
             raise ValueError(
                 f"objectives.{name}.queue: {config.queue} is less than the {rows} rows of one step; enlarge it, or make "
                 f"batch smaller"
             )
+    hierarchy = wanted.hierarchy
+    if hierarchy and hierarchy.assign == "stream" and hierarchy.memory < recipe.batch:
+        raise ValueError(
+            f"objectives.hierarchy.memory: {hierarchy.memory} is less than a batch of {recipe.batch}; enlarge it, or make batch "
+            f"smaller"
+        )
+    swapped = wanted.swapped
+    if swapped and 0 < swapped.queue < recipe.batch:
+        raise ValueError(
+            f"objectives.swapped.queue: {swapped.queue} is less than a batch of {recipe.batch}; enlarge it, or leave it out (0)"
+        )
+    tables = wanted.needs_table
+    if tables and recipe.stream.take_up != "never":
+        raise ValueError(
+            f"objectives.{tables[0]}: it keeps something for every image, so the data set must not grow; set stream.take_up: never"
+        )
     local = wanted.local_group
     if local and local.memory < recipe.batch:
         raise ValueError(
@@ -50,6 +80,12 @@ def check_objectives(recipe: Recipe) -> None:
                 "objectives.patch: the teacher must see the very crops of which the student sees parts; give the views of "
                 "the largest size, and no others, the role both"
             )
-    group = wanted.group
-    if group and group.virtual_batch and recipe.batch % group.virtual_batch:
-        raise ValueError(f"objectives.group.virtual_batch: {group.virtual_batch} does not divide batch {recipe.batch}")
+    for name, config in wanted.chosen().items():
+        if (images := getattr(config, "virtual_batch", None)) and recipe.batch % images:
+            raise ValueError(f"objectives.{name}.virtual_batch: {images} does not divide batch {recipe.batch}")
+    patch = recipe.patch_size
+    for view in recipe.views:
+        if view.size % patch:
+            raise ValueError(f"views.{view.name}.size: {view.size} is no multiple of student.patch_size {patch}")
+    if recipe.probes.size % patch:
+        raise ValueError(f"probes.size: {recipe.probes.size} is no multiple of student.patch_size {patch}")

@@ -48,6 +48,7 @@ class Verdict:
     norms: Tensor  # [P] gradient norm of each parameter, over all ranks, before clipping
     grad_norm: float  # of all together
     flags: dict[str, float]  # what was handed in as `flags`, summed over ranks
+    largest: float = 0.0  # of `norms`
 
 
 @dataclass
@@ -111,7 +112,7 @@ class Guard:
             dist.all_reduce(vector)
             head = vector[: len(head)]
             squares = vector[len(head) :] if partial else squares
-        answer = torch.cat([head, squares.sum()[None]]).tolist()
+        *answer, total, largest = torch.cat([head, squares.sum()[None], squares.amax()[None]]).tolist()
         summed = dict(zip(flags, answer, strict=False))
         rows = answer[len(flags) : len(flags) + bad.numel()]
         culprits = [
@@ -119,15 +120,14 @@ class Guard:
         ]
         logs = {
             name: float(sum(v) / len(v)) for name, v in named.items() if name not in measured
-        } | dict(zip(measured, (v / self.world for v in answer[len(flags) + len(rows) : -1]), strict=True))  # fmt: skip
+        } | dict(zip(measured, (v / self.world for v in answer[len(flags) + len(rows) :]), strict=True))  # fmt: skip
         wrong = [name for name in finite if any(what == name for _, what in culprits)]
-        if not math.isfinite(answer[-1]):
+        if not math.isfinite(total):
             wrong.append("gradient")
         if not wrong and self.spikes.high(logs.get("loss", 0.0), self.config):
             wrong.append("spike")
-        return Verdict(
-            wrong, culprits, logs, squares.sqrt(), math.sqrt(answer[-1]) if answer[-1] >= 0 else math.nan, summed
-        )
+        length, largest = (math.sqrt(square) if square >= 0 else math.nan for square in (total, largest))
+        return Verdict(wrong, culprits, logs, squares.sqrt(), length, summed, largest)
 
     def settle(self, verdict: Verdict) -> bool:
         """Note how the step ended; True when the run must go back to its last good state. Same on all ranks."""

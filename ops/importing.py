@@ -1,8 +1,8 @@
-"""Weights of others for a run: `gristmill import`, the memories of an official Mugs checkpoint, and `student.init`.
+"""Weights of others for a run: `gristmill import`, the memories of an official checkpoint, and `student.init`.
 
-Two kinds of file are written: a backbone under timm's names, for anyone, and with --everything what a Mugs run goes on
-from: `student/...` and `teacher/...` under the names of our Student, `objectives/...` as the objectives keep their
-state. Optimizer moments and schedules are not carried over: a run that begins from either begins at position 0.
+Two kinds of file are written: a backbone under timm's names, for anyone, and with --everything what a run of Mugs, MoCo,
+DenseCL or HCSC goes on from: `student/...` and `teacher/...` under the names of our Student, `objectives/...` as the
+objectives keep their state. Optimizer moments and schedules are not carried over: such a run begins at position 0.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import timm
 import torch
 from torch import Tensor
 
+from ..models.choice import choose
 from ..models.student import Student
 from ..models.unpickle import WeightFile, WeightsError, read_weights
 from ..models.weights import Report, Who, import_backbone, import_student
@@ -38,8 +39,8 @@ class ImportRefused(GristmillError):
     """A file of weights that cannot be taken, and why."""
 
 
-def run_import(source: Path, out: Path, who: Who, *, everything: bool, as_json: bool) -> int:
-    """Read `source`, write `out`, print the report. Raises ImportRefused."""
+def run_import(source: Path, out: Path, who: Who | None, *, everything: bool, as_json: bool) -> int:
+    """Read `source`, write `out`, print the report. who: None for the network that its authors evaluate. Raises ImportRefused."""
     try:
         file = read_weights(source)
         if everything:
@@ -65,14 +66,15 @@ def run_import(source: Path, out: Path, who: Who, *, everything: bool, as_json: 
 
 
 def import_everything(file: WeightFile) -> tuple[dict[str, Tensor], list[Report]]:
-    """Both networks and the memories of a full Mugs checkpoint, or of one of our own files of this kind."""
+    """Both networks and the memories of a full checkpoint, or of one of our own files of this kind."""
     tensors: dict[str, Tensor] = {}
     reports = []
     for who in ("student", "teacher"):
         state, report = import_student(file, who)
         if report.network != who:
             raise WeightsError(
-                f"{file.path} holds one network only; leave --everything out (it wants a full Mugs checkpoint)"
+                f"{file.path} holds one network only; leave --everything out (it wants a full checkpoint of Mugs, MoCo, "
+                "DenseCL or HCSC)"
             )
         # One report accounts for the whole file: the other network and the memories are listed with their own.
         report.ignored.pop("other network", None)
@@ -99,11 +101,14 @@ def import_memories(file: WeightFile) -> tuple[dict[str, Tensor], list[str]]:
         return {name: value.clone() for name, value in ours.items()}, []
     state: dict[str, Tensor] = {}
     notes: list[str] = []
-    for key, name in {**QUEUES, **MEMORIES}.items():
-        part = file.tree.get(key)
+    flat, _, _, pair = choose(file.tree, None, file.path)
+    queues = {} if pair is None else pair.queues(map(str, flat))
+    parts = file.tree | {key: {"queue": flat[key], "queue_ptr": flat.get(f"{key}_ptr")} for key in queues.values()}
+    for key, name in {**QUEUES, **{theirs: ours for ours, theirs in queues.items()}, **MEMORIES}.items():
+        part = parts.get(key)
         if not isinstance(part, Mapping):
             continue
-        if key in QUEUES:
+        if key not in MEMORIES:
             rows, pointer = _tensor(file, part, key, "queue", 2).t(), _tensor(file, part, key, "queue_ptr", 1)
             written = torch.zeros(len(rows), dtype=torch.int64)
         else:
@@ -220,7 +225,7 @@ def _read(init: str, student: Student) -> Initial:
             if lost := [name for name in student.state_dict() if name not in average and ".predictor." not in name]:
                 report.missing.extend(f"teacher: {name}" for name in lost if name not in report.missing)
             return Initial(own, average, memories, report)
-        state, report = import_backbone(file, "teacher" if "teacher" in file.tree else "student", student.backbone)
+        state, report = import_backbone(file, None, student.backbone)
     whole = {f"backbone.{name}": value for name, value in state.items()}
     return Initial(whole, whole, {}, report)
 
@@ -228,7 +233,7 @@ def _read(init: str, student: Student) -> Initial:
 def _from_timm(name: str, student: Student) -> tuple[dict[str, Tensor], Report]:
     """A network that timm has weights for; they come over the network unless they are in its cache."""
     if not timm.is_model(name.split(".")[0]):
-        near = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=3)) or "vit_small_patch16_224"
+        near = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=3)) or "vit_small_patch16_224, resnet50"
         raise WeightsError(f"{TIMM}{name}: timm knows no such network; near it are {near}")
     try:
         tree = timm.create_model(name, pretrained=True, num_classes=0).state_dict()

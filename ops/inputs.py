@@ -7,6 +7,7 @@ micro-batches. Everything here is a function of (recipe, rank, world, position),
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,18 @@ from torch import Tensor
 
 from ..objectives import StepInfo
 from ..pipeline.masks import draw_masks
-from ..pipeline.philox import DROP_PATH, uniform
+from ..pipeline.philox import DROP_PATH, SHUFFLE, uniform
 from ..pipeline.plan import Plan
 from ..pipeline.strong import strong_crops
 from .recipe import Recipe, RecipeError
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a rank's share of a batch comes from."""
+
+    index: Tensor  # [B] int64: each image's number in the data set, shard by shard
+    geometry: Mapping[str, Tensor]  # [B, n, 2, 3] a view: crop pixel (x, y, 1) to pixel of the upright source
 
 
 class Inputs:
@@ -44,20 +53,54 @@ class Inputs:
             for group in views
         ]
 
-    def info(self, position: int, progress: float, part: int = 0) -> StepInfo:
-        views = [view for group in self.student for view in group]
+    def info(
+        self,
+        position: int,
+        progress: float,
+        part: int = 0,
+        origin: Origin | None = None,
+        images: int = 0,
+        drawn: bool = True,
+    ) -> StepInfo:
+        """The step's shape; `origin`: where its images and crops come from, `images`: how many the data set has.
+
+        drawn: with the weak flags and masks of this position; a batch of masks takes a good part of a second to draw.
+        """
+        views, seen = ([view for group in side for view in group] for side in (self.student, self.teacher))
         largest = max(view.size for view in views)
+        rows = slice(part * self.micro, (part + 1) * self.micro)
+        cut = None if origin is None else origin.geometry
         return StepInfo(
             batch=self.micro,
             student_crops=self.student_crops,
             student_globals=sum(view.count for view in views if view.size == largest),
-            teacher_crops=sum(view.count for group in self.teacher for view in group),
+            teacher_crops=sum(view.count for view in seen),
             position=position,
             progress=progress,
-            weak=self._weak(views[0].name, position, part),
+            weak=self._weak(views[0].name, position, part) if drawn else None,
             same_views=any(view.role == "both" for view in views),
-            masks=self.masks(position, progress, part),
+            masks=self.masks(position, progress, part) if drawn else None,
+            rank=self.rank,
+            world=self.world,
+            index=None if origin is None else origin.index[rows],
+            images=images,
+            student_geometry=None if cut is None else _crops(cut, self.student[0], rows),
+            teacher_geometry=None if cut is None or not seen else _crops(cut, self.teacher[0], rows),
+            global_size=largest,
+            teacher_size=max((view.size for view in seen), default=0),
         )
+
+    def shuffled(self, position: int, part: int = 0) -> dict[str, Tensor]:
+        """Context for a teacher whose batches of batch norm are shuffled: the order of a micro-batch's images [b].
+
+        Drawn from the positions, and inside groups of consecutive ones, so that it does not depend on the ranks.
+        """
+        size = self.recipe.student.shuffle
+        if size is None:
+            return {}
+        draws = uniform(self.recipe.stream.seed, self._positions(position, part), SHUFFLE, 1).reshape(-1, size)
+        order = draws.argsort(axis=1) + np.arange(0, self.micro, size)[:, None]
+        return {"shuffle.order": torch.from_numpy(order.flatten()).to(self.device)}
 
     def masks(self, position: int, progress: float, part: int) -> Tensor | None:
         """Of the student's global crops, bool [crops * b, h, w] on the host, crop-major; None: no objective asks.
@@ -105,6 +148,11 @@ class Inputs:
         draws = uniform(self.recipe.seed, self._positions(position, part), DROP_PATH, count)
         by_crop = torch.from_numpy(draws).float().view(-1, self.student_crops, 2 * depth).transpose(0, 1)
         return {"drop_path.draws": by_crop.flatten(0, 1).to(self.device)}
+
+
+def _crops(geometry: Mapping[str, Tensor], views: list[Any], rows: slice) -> Tensor:
+    """[crops * b, 2, 3], crop-major, as the crops of one size are."""
+    return torch.cat([geometry[view.name][rows].transpose(0, 1).flatten(0, 1) for view in views])
 
 
 def _by_size(views: list[Any]) -> list[list[Any]]:

@@ -1,9 +1,10 @@
 """Joining the group of processes, and leaving it cleanly.
 
-One process on a laptop needs no launcher, port or compiler: it forms a group of one over an in-memory store. Under
-torchrun the environment names the group. DeepSpeed's shared-memory collective is switched off before anything
-initialises: it is built just in time by a C++ compiler, and leaves 66 MiB in /dev/shm for every run. Each group sees a
-corner of the store of its own: torchrun keeps one store over its restarts, in which gloo would find the dead's addresses.
+One process on a laptop needs no launcher, port or compiler: it forms a group of one over an in-memory store. Otherwise
+the environment names the group, in each launcher's own words (launch_place.py). DeepSpeed's shared-memory collective is
+switched off before anything initialises: it is built just in time by a C++ compiler, and leaves 66 MiB in /dev/shm for
+every run. Each group sees a corner of the store of its own: torchrun keeps one store over its restarts on one node, in
+which gloo would find the dead's addresses.
 """
 
 from __future__ import annotations
@@ -23,13 +24,11 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from ..shards.errors import GristmillError
+from .launch_place import LaunchError, Place, environment
+
+__all__ = ["LaunchError", "Place", "environment", "flushing", "join", "leave", "quiet_deepspeed"]
 
 _groups = itertools.count()  # that this process has been in
-
-
-class LaunchError(GristmillError):
-    """The group of processes could not be formed."""
 
 
 @contextmanager
@@ -75,31 +74,53 @@ def quiet_deepspeed():
 def join() -> tuple[int, int, torch.device]:
     """Enter the group; returns (rank, world size, device). Safe to call again in the same process.
 
-    Raises LaunchError where the environment names a group that cannot be formed.
+    What the launcher said is in the environment afterwards as torchrun would have put it: RANK, WORLD_SIZE, LOCAL_RANK,
+    LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT; of one process alone, LOCAL_RANK. Raises LaunchError where the
+    environment names a group that cannot be formed.
     """
+    place = environment(os.environ)
+    place.export(os.environ)
     deepspeed = quiet_deepspeed()
     cuda = torch.cuda.is_available()
-    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    device = torch.device("cuda", _card(place, torch.cuda.device_count())) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "nccl" if cuda else "gloo"
-        if "WORLD_SIZE" in os.environ:
+        if place.address:
             try:
                 store, rank, world = _meet()
                 dist.init_process_group(backend, store=store, rank=rank, world_size=world)
             except (RuntimeError, ValueError) as error:
                 raise LaunchError(
-                    f"the group of {os.environ['WORLD_SIZE']} processes could not be formed at "
-                    f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}: {str(error).splitlines()[0]}. "
-                    "Look whether all of them were started and reach each other (GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME "
-                    "names the network), and start the same command again; without torchrun, unset WORLD_SIZE."
+                    f"the group of {place.world} processes ({place.launcher}) could not be formed at {place.address}:"
+                    f"{place.port}: {str(error).splitlines()[0]}. Look whether all of them were started and reach each other "
+                    "(GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names the network), and start the same command again; "
+                    f"{_advice(place)}."
                 ) from error
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
     deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def _card(place: Place, count: int) -> int:
+    """The GPU of this process: its local rank's, or the only one, where the scheduler shows each process its own."""
+    if 1 < count <= place.local_rank:
+        raise LaunchError(
+            f"local rank {place.local_rank} has no GPU: {count} are there; start {count} processes on this host at most"
+        )
+    return place.local_rank if count > 1 else 0
+
+
+def _advice(place: Place) -> str:
+    """What else to look at, by the launcher."""
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
+    if shared and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        return "after a restart over several nodes, torchrun itself needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment"
+    if place.launcher in ("slurm", "openmpi", "kubernetes"):
+        return "MASTER_ADDR and MASTER_PORT name another place to meet"
+    return "without torchrun, unset WORLD_SIZE"
 
 
 def _meet() -> tuple[Store, int, int]:

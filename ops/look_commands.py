@@ -39,3 +39,32 @@ def look_views(name: str, data: str, out: Path, **options: Any) -> None:
     from .contact import show_views
 
     sys.exit(show_views(name, data, out, **options))
+
+
+@look.command(
+    "matches",
+    epilog=example(
+        "gristmill look matches runs/densecl",
+        "gristmill look matches runs/multigrain --grid 7 --out matches.png --json",
+    ),
+)
+@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="RUN")
+@click.option(
+    "--out", type=FOLDER, default=Path("matches.html"), show_default=True, help="File to write, .html or .png."
+)
+@click.option(
+    "--images", type=click.IntRange(1, 64), default=6, show_default=True, help="So many pairs of crops drawn."
+)
+@click.option("--measured", type=click.IntRange(1), default=64, show_default=True, help="So many pairs counted.")
+@click.option("--position", type=click.IntRange(0), default=0, show_default=True, help="Place of the first image.")
+@click.option("--best", type=click.IntRange(1), default=24, show_default=True, help="Lines a pair: the surest matches.")
+@click.option("--grid", type=click.IntRange(1), help="Places a side (default: as the dense head has them).")
+@click.option("--json", "as_json", is_flag=True, help="Print what was counted as JSON.")
+def look_matches(run: Path, out: Path, **options: Any) -> None:
+    """Which place of one crop a run's networks match with which place of another, drawn, and counted against the truth.
+
+    Any run can be asked, whatever it learned from. Where two crops overlap, their geometry says which matches are right.
+    """
+    from .matches import matches_of
+
+    sys.exit(matches_of(run, out, **options))

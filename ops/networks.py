@@ -16,18 +16,31 @@ def build_student(recipe: Recipe) -> Student:
     return Student(recipe.student, seed=recipe.seed)
 
 
-def build_mixture(recipe: Recipe, student: Student, device: torch.device | str = "cpu") -> Mixture:
-    """The recipe's objectives, their memories as they are before the first step."""
+def build_mixture(recipe: Recipe, student: Student, device: torch.device | str = "cpu", *, images: int = 0) -> Mixture:
+    """The recipe's objectives, their memories as they are before the first step. images: of the data set."""
     wanted, heads = recipe.objectives, recipe.student
+    widths = {name: heads.out_of(name) for name in wanted.names() if name not in ("group", "patch")}
     return build_objectives(
-        {name: getattr(wanted, name) for name in wanted.names()},
+        wanted.chosen(),
         dims=Dims(
-            student.backbone.embed_dim, heads.head_out, heads.head_out, heads.prototypes, heads.prototypes_of_patches
+            features=student.backbone.embed_dim,
+            prototypes=heads.prototypes,
+            patch_prototypes=heads.prototypes_of_patches,
+            images=images,
+            globals=_globals(recipe),
+            **widths,
         ),
         seed=recipe.seed,
         mixture=MixtureConfig(weights=wanted.weights, add=wanted.add),
         device=device,
     )
+
+
+def _globals(recipe: Recipe) -> int:
+    """Global crops of an image that the student sees."""
+    seen = [view for view in recipe.views if view.role != "teacher"]
+    largest = max(view.size for view in seen)
+    return sum(view.count for view in seen if view.size == largest)
 
 
 def saved_networks(saved: Saved, recipe: Recipe, *names: str) -> list[Student]:

@@ -9,6 +9,7 @@ segments in `transform`. Groups and per-tensor clip follow Mugs (arXiv 2203.1441
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any, Literal, Self
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from ..shards.errors import GristmillError
+from .schedule import warmup_cosine
 
 FIRST = ("patch_embed", "cls_token", "reg_token", "mask_token", "pos_embed", "norm_pre")  # of a backbone: layer 0
 
@@ -35,6 +37,14 @@ class OptimizerConfig(BaseModel):
     lr: float = Field(default=0.0008, gt=0)  # for a batch of 256; the peak is lr * batch / 256
     min_lr: float = Field(default=1e-6, ge=0)  # at the end of the cosine; not scaled by the batch
     warmup: float = Field(default=0.1, ge=0, lt=1)  # 10 of 100 epochs, linear from 0
+    warmup_from: float = Field(default=0.0, ge=0)  # where the ramp begins, as a share of the peak; SwAV: 0.0625
+    # After the warm-up: a cosine to min_lr, or steps down by gamma at milestones (NPID, MoCo v1: 0.6, 0.8 of the run, to a tenth).
+    schedule: Literal["cosine", "steps"] = "cosine"
+    milestones: tuple[float, ...] = ()  # shares of the run
+    gamma: float = Field(default=0.1, gt=0, le=1)
+    # Epochs of the run, for a rate that stays the same inside one (MoCo, DenseCL, HCSC); None: it moves every step.
+    epochs: int | None = Field(default=None, ge=1)
+    constant_predictor: bool = False  # predictors learn at the peak all along (SimSiam)
     weight_decay: tuple[float, float] = (0.04, 0.1)  # start and end of a cosine
     decay_all: bool = False  # biases and norms decay as well, as SGD does in DenseCL, HCSC and MoCo v2
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW
@@ -49,8 +59,20 @@ class OptimizerConfig(BaseModel):
     layer_decay: float = Field(default=1.0, gt=0, le=1)  # rate of a layer over that of the next; 1 is off, as in Mugs
     freeze_last_layer: float = Field(default=0.01, ge=0, le=1)  # 1 of 100 epochs: prototypes get no step, no moments
 
+    def lr_at(self, peak: float, progress: float, step: float) -> float:
+        """The rate at a share of the run, if `peak` is that after the warm-up; `step`: a batch's share of the run."""
+        if progress < self.warmup:
+            return warmup_cosine(peak, self.min_lr, self.warmup, progress, step, self.warmup_from)
+        if self.epochs:  # half a batch's share forgives what a division lost
+            progress = math.floor(progress * self.epochs + step / 2) / self.epochs
+        if self.schedule == "steps":
+            return peak * self.gamma ** sum(progress >= share - step / 2 for share in self.milestones)
+        return warmup_cosine(peak, self.min_lr, self.warmup, max(progress, self.warmup), step)
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if (self.schedule == "steps") != bool(self.milestones):
+            raise ValueError("milestones: they are for schedule: steps, which wants at least one; set both or neither")
         if self.name == "lars" and self.decay_all:
             raise ValueError("decay_all: LARS leaves 1-D tensors and biases out; leave decay_all out, or set name: sgd")
         if self.clip_late and not (self.clip and 0 <= self.clip_late[0] <= 1 and self.clip_late[1] > 0):
@@ -69,20 +91,21 @@ def parameter_groups(student: nn.Module, config: OptimizerConfig) -> list[dict[s
 
     Keys: params; names, in the same order; lr_scale; decays (False for 1-D tensors and biases; the class token, position
     embedding and weight_g do decay); last_layer, held back while it is frozen; teacher, False for predictors and the mask token,
-    which the teacher lacks. Raises OptimizerError when layer_decay finds no blocks to go by.
+    which the teacher lacks; constant, learning at the peak all along. Raises OptimizerError when layer_decay finds no blocks to go by.
     """
     trained = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
     depth = 1 + max((_block(name) for name, _ in student.named_parameters()), default=-1)
     if config.layer_decay < 1 and depth == 0:
         raise OptimizerError("optimizer.layer_decay: this backbone has no blocks to count layers by; set it to 1")
-    groups: dict[tuple[float, bool, bool, bool], dict[str, Any]] = {}
+    groups: dict[tuple[float, bool, bool, bool, bool], dict[str, Any]] = {}
     for name, parameter in trained:
         scale = config.patch_embed_scale if "patch_embed" in name else 1.0
         scale *= config.layer_decay ** (depth + 1 - layer_of(name, depth))
         decays = config.decay_all or (parameter.ndim > 1 and not name.endswith(".bias"))
         both = ".predictor." not in name and not name.endswith("mask_token")
-        key = (scale, decays, "last_layer" in name, both)
-        group = dict(zip(("lr_scale", "decays", "last_layer", "teacher"), key, strict=True))
+        constant = config.constant_predictor and ".predictor." in name
+        key = (scale, decays, "last_layer" in name, both, constant)
+        group = dict(zip(("lr_scale", "decays", "last_layer", "teacher", "constant"), key, strict=True))
         group = groups.setdefault(key, {"params": [], "names": [], **group})
         group["params"].append(parameter)
         group["names"].append(name)
@@ -147,8 +170,8 @@ def make_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig, device
     """
     groups = [{**group, "held": True} for group in groups]
     if config.name == "adamw":
-        fused = device_type == "cuda"
-        fast = {"fused": True} if fused else {"foreach": True}
+        # One pass over weights, gradients and moments; foreach makes four, and a tensor as large as all of them.
+        fast = {"fused": True} if device_type in ("cuda", "cpu") else {"foreach": True}
         return AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, weight_decay=0.0, **fast)
     return SGD(groups, lr=0.0, momentum=config.momentum, weight_decay=0.0, foreach=True)
 

@@ -15,44 +15,26 @@ from typing import Annotated, Any, Literal, TypeAlias
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from ..models.student import StudentConfig
-from ..objectives import GroupConfig, InstanceConfig, LocalGroupConfig, PatchConfig
 from ..pipeline.groups import named_views
 from ..pipeline.masks import MaskConfig
 from ..pipeline.views import StreamConfig, View
 from ..shards.errors import GristmillError, nearest
 from .fitting import check_objectives
 from .guard import GuardConfig
+from .monitor.ports import PORT
+from .objectives_config import NAMES, ObjectivesConfig, Piece
 from .optimizers import OptimizerConfig
+from .tiny import shrink
 
-NAMES = ("instance", "local_group", "group", "patch")  # of objectives
+# Of objectives.
 RECIPES = Path(__file__).parent / "recipes"
 
 
 class RecipeError(GristmillError):
     """A recipe that cannot be read, or that asks for something impossible."""
-
-
-class Piece(BaseModel):
-    """A section of a recipe: unknown keys are errors, values are frozen once read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ObjectivesConfig(Piece):
-    """Which granularities are learned; leave one out, or set it to null, to do without it."""
-
-    instance: InstanceConfig | None = None
-    local_group: LocalGroupConfig | None = None
-    group: GroupConfig | None = None
-    patch: PatchConfig | None = None
-    weights: dict[str, float] = {}  # by name, 1 where not given; the mean is weighted by them
-    add: Literal["mean", "sum"] = "mean"  # of the weighted losses; Mugs: mean, iBOT: sum
-
-    def names(self) -> list[str]:
-        return [name for name in NAMES if getattr(self, name) is not None]
 
 
 class EngineConfig(Piece):
@@ -62,7 +44,9 @@ class EngineConfig(Piece):
     accumulate: int = Field(default=1, ge=1)  # micro-batches a step on each rank
     recompute: bool = False  # drop activations inside blocks and compute them again in backward: less memory, more time
     compile: str | None = None  # torch.compile each block with this backend, for example inductor; needs a compiler
-    deepspeed: dict[str, Any] = {}  # passed through to DeepSpeed, checked against what the engine relies on
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict
+    )  # passed through to DeepSpeed, checked against what the engine relies on
 
 
 class TeacherConfig(Piece):
@@ -91,10 +75,15 @@ class CheckpointConfig(Piece):
         return store
 
 
+ProbeName = Literal["knn", "retrieval", "purity", "linear", "label_free", "correspondence"]
+
+
 class ProbeConfig(Piece):
     """What is measured on the teacher, and on which data; labels are read here and nowhere else."""
 
+    names: tuple[ProbeName, ...] = ("knn", "retrieval")  # ops/evaluate/chosen.py says what they are
     at: tuple[float, ...] = (0.0, 0.5, 1.0)  # fractions of the run
+    every: int | None = Field(default=None, gt=0)  # and every so many images, at the next step
     reference: Path | None = None  # data set that neighbours are taken from (default: the training data)
     query: Path | None = None  # held-out data set (default: none, leave one out of the reference)
     size: int = Field(default=224, gt=0)  # pixels of the probed image
@@ -102,17 +91,43 @@ class ProbeConfig(Piece):
     neighbours: int = Field(default=20, gt=0)  # k of the weighted vote
     temperature: float = Field(default=0.07, gt=0)
 
+    @field_validator("names")
+    @classmethod
+    def _some(cls, names: tuple[ProbeName, ...]) -> tuple[ProbeName, ...]:
+        if not names:
+            raise ValueError("name a probe at least; `probes.at=[]` is how none are made")
+        return names
+
+
+class TLSConfig(Piece):
+    """Certificates of the metrics' port, in PEM. Files that change are read again."""
+
+    certificate: Path  # and the chain that signed it
+    key: Path  # without a password
+    client_ca: Path | None = None  # an authority: only clients that show a certificate of its are answered (mTLS)
+
 
 class MetricsConfig(Piece):
-    """Where Prometheus finds this run."""
+    """Where Prometheus finds this run. Each process of a node takes a port of its own: `port` and those after it."""
 
-    port: int | Literal["off"] = 9464  # 0: any free port; "off": no exporter
-    address: str = "127.0.0.1"
+    port: int | Literal["off"] = PORT  # 0: any free port; "off": no exporter
+    address: str = "127.0.0.1"  # who may ask: only this machine; 0.0.0.0: whoever reaches it
+    tls: TLSConfig | None = None  # https instead of http
+    targets: Path | None = None  # folder of targets for Prometheus' file_sd, beside targets/ of the run folder
+    prometheus: str | None = None  # URL of a server that scrapes this run: what the page at / then shows
 
     @field_validator("port", mode="before")
     @classmethod
     def _off(cls, port: Any) -> Any:
         return "off" if port is False else port  # YAML reads a bare `off` as false
+
+    @field_validator("prometheus")
+    @classmethod
+    def _no_secret(cls, url: str | None) -> str | None:
+        parts = urlsplit(url or "http://x")  # the recipe is written into the run folder and into every checkpoint
+        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
+            raise ValueError("an http or https URL such as http://prometheus:9090, without a password")
+        return url
 
     @model_validator(mode="after")
     def _port(self) -> MetricsConfig:
@@ -121,7 +136,13 @@ class MetricsConfig(Piece):
         return self
 
 
-_TAGS = ("<url>", "<path>", "<several>")  # of the forms that `data` may have; left out of messages
+_TAGS = (
+    "<url>",
+    "<path>",
+    "<several>",
+    "<number>",
+    "<ramp>",
+)  # of the forms of `data` and weights; left out of messages
 
 
 def _form(value: Any) -> str:
@@ -205,16 +226,17 @@ class Recipe(Piece):
 
     @property
     def patch_size(self) -> int:
-        """Pixels a side of a patch: the student's, or what its backbone's name says."""
+        """Pixels a side of a patch: the student's, or what its backbone's name says; 1 of a ResNet, which takes any size."""
+        if self.student.resnet:
+            return 1
         named = re.search(r"patch(\d+)", self.student.backbone)
         return self.student.patch_size or (int(named.group(1)) if named else 1)
 
     @property
     def elastic(self) -> Literal["any", "same_topology"]:
         """Whether the run may go on with another number of processes or micro-batches (DESIGN 3.4)."""
-        group = self.objectives.group
-        whole_batch = self.student.head_norm == "batch" and not self.student.virtual_batch
-        whole_batch |= group is not None and group.over_batch and not group.virtual_batch
+        whole_batch = self.student.batch_norm and not self.student.virtual_batch
+        whole_batch |= any(getattr(config, "over_ranks_batch", False) for config in self.objectives.chosen().values())
         return "same_topology" if whole_batch else "any"
 
     @model_validator(mode="after")
@@ -222,7 +244,7 @@ class Recipe(Piece):
         names = [view.name for view in self.views]
         if len(set(names)) != len(names):
             raise ValueError(f"views: every view needs its own name, but these are given: {', '.join(names)}")
-        if not any(view.role in ("teacher", "both") for view in self.views):
+        if self.objectives.needs_teacher and not any(view.role in ("teacher", "both") for view in self.views):
             raise ValueError("views: the teacher sees none; give one view the role teacher or both")
         if not any(view.role in ("student", "both") for view in self.views):
             raise ValueError("views: the student sees none; give one view the role student or both")
@@ -237,12 +259,6 @@ class Recipe(Piece):
                 f"student.objectives {list(self.student.objectives)} differ from objectives {chosen}; leave the former out"
             )
         check_objectives(self)
-        patch = self.patch_size
-        for view in self.views:
-            if view.size % patch:
-                raise ValueError(f"views.{view.name}.size: {view.size} is no multiple of student.patch_size {patch}")
-        if self.probes.size % patch:
-            raise ValueError(f"probes.size: {self.probes.size} is no multiple of student.patch_size {patch}")
         if self.batch % self.engine.accumulate:
             raise ValueError(
                 f"engine.accumulate: {self.batch} images cannot be cut into {self.engine.accumulate} equal parts"
@@ -323,37 +339,6 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     node[last] = value
 
 
-def shrink(tree: dict[str, Any]) -> dict[str, Any]:
-    """`--tiny`: the same recipe at a size that a laptop CPU finishes in minutes; nothing but sizes changes."""
-
-    def cap(node: dict[str, Any], **limits: int) -> None:
-        for key, limit in limits.items():
-            if isinstance(node.get(key), int):
-                node[key] = min(node[key], limit)
-
-    tree = yaml.safe_load(yaml.safe_dump(tree))
-    cap(tree, images=2048, batch=32)
-    student = tree.setdefault("student", {})
-    student.update(embed_dim=64, depth=2, heads=4)
-    cap(student, head_hidden=128, head_out=64, predictor_hidden=128, prototypes=256, patch_prototypes=256)
-    student.pop("neighbours", None)
-    student.pop("init", None)  # weights of the full size do not fit
-    patch = student.setdefault("patch_size", 16)
-    cap(student, image_size=4 * patch)
-    views = tree.get("views", [])
-    largest = max((view.get("size", 0) for view in views), default=0)
-    for index, view in enumerate(views):
-        large = index == 0 or view.get("role") in ("teacher", "both") or view.get("size") == largest
-        cap(view, size=(4 if large else 2) * patch)
-    for config in (tree.get("objectives") or {}).values():
-        if isinstance(config, dict):
-            cap(config, queue=1024, memory=1024, neighbours=4)
-    cap(tree.setdefault("probes", {"size": 4 * patch}), images=512, size=4 * patch)
-    tree["probes"].setdefault("size", 4 * patch)
-    cap(tree.setdefault("checkpoint", {"every": 1024}), every=1024)
-    return tree
-
-
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as resolved, as YAML that `load_recipe` reads back to the same recipe."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
@@ -381,9 +366,9 @@ def _explain(error: Any) -> str:
 def _fields(model: Any, loc: tuple[int | str, ...]) -> list[str]:
     """Names of the fields at `loc`, found by walking the annotations (list items and unions included)."""
     for part in loc:
-        if isinstance(part, int):
+        if part not in getattr(model, "model_fields", {}):  # an item's number, or a key of a mapping
             continue
-        annotation = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
+        annotation = model.model_fields[part].annotation
         found = [a for a in _flatten(annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
         if not found:
             return []

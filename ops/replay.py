@@ -24,7 +24,7 @@ from ..models.student import Student
 from ..objectives import Mixture
 from ..pipeline.cursor import Cursor, CursorError
 from ..shards.errors import GristmillError
-from .capture import FOLDER
+from .capture import FOLDER, origin_of
 from .checkpoint import FINE, WHAT, CheckpointError, Saved
 from .findings import Finding, Replay, ranks_text
 from .inputs import Inputs
@@ -54,7 +54,9 @@ def replay(path: Path, ranks: Collection[int] = (), progress: Callable[[int, int
         if recipe.precision == "bf16":
             for parameter in (*student.parameters(), *teacher.parameters()):
                 parameter.data = parameter.data.bfloat16()
-        mixture = build_mixture(recipe, student)
+        if "images" not in saved.state:
+            raise CheckpointError("it does not say where its images came from")
+        mixture = build_mixture(recipe, student, images=saved.state["images"])
         mixture.load(saved.whole("objectives"))
         world = int(saved.state["topology"]["world"])
         losses = {n.removeprefix("loss/"): float(v) for n, v in noted["logs"].items() if n.startswith("loss")}
@@ -155,6 +157,7 @@ def _one(
     """One rank's share of the step."""
     finding = Finding(inputs.rank)
     views = saved.assembled(f"views.{inputs.rank}")
+    origin, images = origin_of(saved, inputs.rank), saved.state["images"]
     finite = torch.stack([torch.isfinite(crops.flatten(1)).all(1) for crops in views.values()]).all(0)
     finding.samples = [keys[i] for i in (~finite).nonzero().flatten().tolist()]
     progress = position / (recipe.images // recipe.batch * recipe.batch)
@@ -162,14 +165,18 @@ def _one(
     losses: dict[str, list[float]] = {}
     student.zero_grad()
     for part in range(inputs.parts):
-        info = inputs.info(position, progress, part)
+        info = inputs.info(position, progress, part, origin, images)
         masked = inputs.masked(info)
         with mixed, _watching(finding, {"teacher": teacher, "student": student}):
-            with torch.no_grad():
-                targets = teacher(inputs.crops(views, inputs.teacher, part), mixture.teacher_context() | masked)
-            context = mixture.context() | masked | inputs.draws(position, part, len(student.backbone.blocks))
+            targets: dict[str, Tensor] = {}
+            if mixture.needs_teacher:
+                shown = mixture.teacher_context() | masked | inputs.shuffled(position, part)
+                with torch.no_grad():
+                    targets = teacher(inputs.crops(views, inputs.teacher, part), shown)
+            aims = mixture.aims(targets, info)
+            context = mixture.context() | aims | masked | inputs.draws(position, part, len(student.backbone.blocks))
             outputs = student(inputs.crops(views, inputs.student, part), context)
-        outcome = mixture.loss(outputs, targets, info)
+        outcome = mixture.loss(outputs, targets | aims, info)
         (outcome.loss / inputs.parts).backward()
         for name, value in outcome.logs.items():
             if name.startswith("loss"):

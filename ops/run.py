@@ -7,6 +7,7 @@ ranks read it; only rank 0 writes it, but for each rank's part of a checkpoint a
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -18,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..models import compile_blocks, merge_statistics, statistics_of
+from ..models import Backbone, compile_blocks, merge_statistics, statistics_of
+from ..models.batch_norm import PREFIX
 from ..models.student import Student
 from ..models.teacher import make_teacher
 from ..objectives import Outcome, StepInfo
@@ -31,11 +33,13 @@ from .checkpoint import CheckpointError, Content, Saved, newest
 from .engine import Engine
 from .feed import Feed
 from .guard import Guard, Verdict
+from .heap import keep_no_heap
 from .importing import Initial, read_initial
-from .inputs import Inputs
+from .inputs import Inputs, Origin
 from .networks import build_mixture, build_student
 from .ranks import drifted, gather, gather_texts
 from .recipe import Recipe, RecipeError, dump_recipe
+from .refresh import embed_all
 from .runlog import NoLog, RunLog
 from .stores import open_store
 from .writer import Writer
@@ -59,13 +63,10 @@ class Run:
                 "data: no data set is named; make one with `gristmill ingest DIR --out SHARDS` and add data=SHARDS/train"
             )
         self.inputs = Inputs(recipe, rank, world, device)
-        virtual = recipe.student.virtual_batch
-        group = recipe.objectives.group
-        for field, images in (("student", virtual), ("objectives.group", group and group.virtual_batch)):
-            if images and self.inputs.micro % images:
+        for field, images in together(recipe).items():
+            if self.inputs.micro % images:
                 raise RecipeError(
-                    f"{field}.virtual_batch: {images} does not divide the {self.inputs.micro} images of one forward on "
-                    f"{world} processes"
+                    f"{field}: {images} does not divide the {self.inputs.micro} images of one forward on {world} processes"
                 )
         self.recipe, self.folder, self.rank, self.world, self.device = recipe, folder, rank, world, device
         self.threads = recipe.threads or max(
@@ -77,6 +78,8 @@ class Run:
         self.log: RunLog | NoLog = RunLog(folder) if rank == 0 else NoLog(folder)
         self.quarantine = Quarantine(folder / "quarantine.jsonl")
         self.plan = Plan(recipe.views)
+        if recipe.engine.recompute and device.type == "cpu":
+            keep_no_heap()
         student = self.build()
         student.backbone.recompute = recipe.engine.recompute
         self.depth = len(student.backbone.blocks)
@@ -85,12 +88,14 @@ class Run:
         if initial:
             initial.fill(student, teacher)
         if recipe.engine.compile:
+            if not (isinstance(student.backbone, Backbone) and isinstance(teacher.backbone, Backbone)):
+                raise RecipeError("engine.compile: blocks of a ViT are compiled one by one; of a ResNet leave it out")
             try:
                 compile_blocks(student.backbone, recipe.engine.compile)
                 compile_blocks(teacher.backbone, recipe.engine.compile)
             except (ValueError, RuntimeError) as error:
                 raise RecipeError(f"engine.compile: {error}") from error
-        self.mixture = build_mixture(recipe, student, device)
+        self.mixture = build_mixture(recipe, student, device, images=self.feed.images)
         if initial:
             initial.check(self.mixture)
         self.engine = Engine(student, teacher, recipe, rank, world)
@@ -141,19 +146,24 @@ class Run:
         dist.all_reduce(vector)
         return vector.tolist()
 
-    def info(self, part: int = 0) -> StepInfo:
-        return replace(self.inputs.info(self.position, self.progress, part), gather=gather)
+    def info(self, part: int = 0, batch: Batch | None = None) -> StepInfo:
+        """Of a micro-batch, or without a batch of the position alone: nothing is drawn for it."""
+        origin = None if batch is None else Origin(self.feed.index(batch.ids), batch.geometry)
+        info = self.inputs.info(self.position, self.progress, part, origin, self.feed.images, batch is not None)
+        return replace(info, gather=gather)
 
     def forward(self, batch: Batch, part: int) -> Outcome:
         """Teacher, student and losses of one micro-batch; nothing is remembered."""
-        inputs, views, info = self.inputs, batch.views, self.info(part)
+        inputs, views, info = self.inputs, batch.views, self.info(part, batch)
         masked = inputs.masked(info)
-        targets = self.engine.teacher(
-            inputs.crops(views, inputs.teacher, part), self.mixture.teacher_context() | masked
-        )
-        context = self.mixture.context() | masked | inputs.draws(self.position, part, self.depth)
+        targets: dict[str, Tensor] = {}
+        if self.mixture.needs_teacher:
+            context = self.mixture.teacher_context() | masked | inputs.shuffled(self.position, part)
+            targets = self.engine.teacher(inputs.crops(views, inputs.teacher, part), context)
+        aims = self.mixture.aims(targets, info)
+        context = self.mixture.context() | aims | masked | inputs.draws(self.position, part, self.depth)
         outputs = self.engine(inputs.crops(views, inputs.student, part), context, part == inputs.parts - 1)
-        outcome = self.mixture.loss(outputs, targets, info)
+        outcome = self.mixture.loss(outputs, targets | aims, info)
         for who, out in (("student", outputs), ("teacher", targets)):
             outcome.commit |= {f"{who}/{name}": value for name, value in statistics_of(out).items()}
         return outcome
@@ -164,10 +174,32 @@ class Run:
         for name in outcomes[0].commit:
             rows = torch.cat([outcome.commit[name] for outcome in outcomes])
             kept[name] = gather(rows)
-        for who, module in self._networks().items():
+        found: dict[str, dict[str, Tensor]] = {}
+        for who in self._networks():
             mark = f"{who}/"  # what batch norms would remember, among what the objectives would
-            merge_statistics(module, {n.removeprefix(mark): kept.pop(n) for n in list(kept) if n.startswith(mark)})
+            found[who] = {n.removeprefix(mark): kept.pop(n) for n in list(kept) if n.startswith(mark)}
+        if not self.mixture.needs_teacher:  # one that was not asked has seen what the student saw
+            there = {f"{PREFIX}{name}" for name, _ in self.engine.teacher.module.named_modules()}
+            found["teacher"] = {name: value for name, value in found["student"].items() if name in there}
+        for who, module in self._networks().items():
+            merge_statistics(module, found[who])
         self.mixture.commit(Outcome(outcomes[0].loss.detach(), {}, kept))
+
+    def refit(self) -> dict[str, float]:
+        """Let objectives cluster anew what they remember, at the position reached; their logs. Collective."""
+        return {name: float(value) for name, value in self.mixture.refit(self.info()).items()}
+
+    def refresh(self) -> dict[str, int]:
+        """Give objectives the pass over the data that they want before the next step. Collective.
+
+        Their names, and how many images each did not see: left out, taken down or damaged.
+        """
+        missing: dict[str, int] = {}
+        for name in self.mixture.stale(self.info()):
+            rows = embed_all(self, name)
+            missing[name] = int((~rows.any(1)).sum())
+            self.mixture.refresh(name, rows, self.info())
+        return missing
 
     def everyones(self, texts: list[str]) -> list[str]:
         """Equally many texts of every rank, in the order of the ranks. Collective.
@@ -203,7 +235,8 @@ class Run:
                 "guard": self.guard.state(),
                 "recipe": self.recipe.model_dump(mode="json"),
                 "topology": self.topology(),
-                "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+                "images": self.feed.images,
+                "versions": versions(),
             },
         )
 
@@ -324,6 +357,21 @@ class Run:
         self.writer.close()
         self.engine.close()
         self.log.close()
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Of what a run is made with, as imported: files that are replaced while it runs change nothing of it."""
+    return {name: importlib.metadata.version(name) for name in VERSIONS}
+
+
+def together(recipe: Recipe) -> dict[str, int]:
+    """Numbers of images that must share a forward, by the field that says so."""
+    found = {"student.virtual_batch": recipe.student.virtual_batch, "student.shuffle": recipe.student.shuffle}
+    for name, config in recipe.objectives.chosen().items():
+        for field in ("virtual_batch", "exclusion_batch"):
+            found[f"objectives.{name}.{field}"] = getattr(config, field, None)
+    return {field: images for field, images in found.items() if images}
 
 
 def flatten(tree: Any, path: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Commands about runs: demo, train, eval, weights in and out, replay, report, status. Imports happen when they run."""
+"""Commands about runs: demo, train, weights in and out, replay, report. Imports happen when they run."""
 
 from __future__ import annotations
 
@@ -74,18 +74,6 @@ def train(recipe: str, overrides: tuple[str, ...], out: Path, tiny: bool) -> Non
     sys.exit(ending.code)
 
 
-@main.command(epilog=example("gristmill eval runs/first", "gristmill eval runs/first --query shards/probe --json"))
-@click.argument("run", type=FOLDER)
-@click.option("--reference", type=FOLDER, help="Data set that neighbours come from (default: the recipe's).")
-@click.option("--query", type=FOLDER, help="Held-out data set (default: the recipe's).")
-@click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
-def eval(run: Path, reference: Path | None, query: Path | None, as_json: bool) -> None:
-    """Probe the teacher of a run's newest checkpoint: k-NN at each label level, instance retrieval."""
-    from .evaluate.online import evaluate_run
-
-    sys.exit(evaluate_run(run, reference, query, as_json=as_json))
-
-
 @main.command(
     "import",
     epilog=example(
@@ -97,18 +85,23 @@ def eval(run: Path, reference: Path | None, query: Path | None, as_json: bool) -
 )
 @click.argument("checkpoint", type=FOLDER)
 @click.option("--out", type=FOLDER, required=True, help="A file to write, *.safetensors.")
-@click.option("--teacher/--student", default=True, help="Which network of a full checkpoint.  [default: teacher]")
-@click.option("--everything", is_flag=True, help="Both networks with heads, memories, queues, centre (Mugs).")
+@click.option(
+    "--teacher/--student", default=None, help="Which of two networks.  [default: the one that its authors evaluate]"
+)
+@click.option("--everything", is_flag=True, help="Both networks, heads, queues, memories (Mugs, MoCo, DenseCL, HCSC).")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def import_(checkpoint: Path, out: Path, teacher: bool, everything: bool, as_json: bool) -> None:
-    """Take weights of others: CHECKPOINT of Mugs, DINO or iBOT, or any plain ViT; .pth or .safetensors.
+def import_(checkpoint: Path, out: Path, teacher: bool | None, everything: bool, as_json: bool) -> None:
+    """Take weights of others, from .pth or .safetensors: CHECKPOINT of a method below, or any plain ViT or ResNet.
+
+    Mugs, DINO, iBOT; MoCo v1 to v3, DenseCL, HCSC, SwAV, DeepCluster v2, BYOL, SimCLR, SimSiam, torchvision, timm.
 
     Nothing in the file is executed. What is used, left out, missing or reshaped is printed. OUT holds a backbone under
     timm's names, or with --everything what a run goes on from (student.init=OUT).
     """
     from .importing import run_import
 
-    sys.exit(run_import(checkpoint, out, "teacher" if teacher else "student", everything=everything, as_json=as_json))
+    who = None if teacher is None else "teacher" if teacher else "student"
+    sys.exit(run_import(checkpoint, out, who, everything=everything, as_json=as_json))
 
 
 @main.command(
@@ -116,27 +109,41 @@ def import_(checkpoint: Path, out: Path, teacher: bool, everything: bool, as_jso
         "gristmill export runs/first --out first.safetensors",
         "gristmill export runs/first/checkpoints/000000036000 --student --out student.safetensors",
         "gristmill export runs/first --size 96x96 --out first-96.safetensors",
+        "gristmill export runs/first --format huggingface --out first-hf",
+        "gristmill export runs/first --format onnx --out first.onnx",
+        "gristmill export runs/dense --student --format detectron2 --out dense.pth",
+        "gristmill export runs/first --format card --out README.md",
     )
 )
 @click.argument("checkpoint", metavar="RUN|CHECKPOINT")
-@click.option("--out", type=FOLDER, required=True, help="A file to write, *.safetensors.")
+@click.option("--out", type=FOLDER, required=True, help="What to write; see the table above for its ending.")
 @click.option("--teacher/--student", default=True, help="Which network.  [default: teacher]")
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["timm", "official"]),
+    type=click.Choice(["timm", "huggingface", "onnx", "torch-export", "detectron2", "mmdetection", "official", "card"]),
     default="timm",
     show_default=True,
-    help="Backbone for timm, or backbone and heads under the official Mugs code's names.",
+    help="What is written; see above.",
 )
-@click.option("--size", metavar="HxW", help="Carry the position embedding over to images of this size.")
+@click.option("--size", metavar="HxW", help="Carry a ViT's position embedding over to images of this size.")
 @click.option("--json", "as_json", is_flag=True, help="Print the metadata as JSON.")
 def export(checkpoint: str, out: Path, teacher: bool, form: Any, size: str | None, as_json: bool) -> None:
-    """Give weights to others: the teacher of a run's newest checkpoint, or of the one named, as safetensors.
+    """Give weights to others: the teacher of a run's newest checkpoint, or of the one named.
 
-    Any number of ranks and any ZeRO stage may have written it. It prints the line of Python that loads OUT.
+    Any number of ranks and any ZeRO stage may have written it. It prints the line of Python that loads OUT, or for a
+    detector the lines for its configuration, and writes a model card beside it (OUT.md, README.md in a folder).
+
+    \b
+      timm                     *.safetensors  backbone, timm's names
+      huggingface              a new folder   backbone, transformers' ViTModel or ResNetModel
+      onnx                     *.onnx         backbone as a program, checked against torch
+      torch-export             *.pt2          the same for torch.export.load
+      detectron2, mmdetection  *.pth          backbone, a detector's names
+      official                 *.safetensors  backbone and heads, the official Mugs code's names
+      card                     *.md           the model card alone
     """
-    from .export import call, export_checkpoint
+    from .export import export_checkpoint, usage
 
     height, by, width = (size or "0x0").partition("x")
     if not (by and height.isdecimal() and width.isdecimal()) or (size and not int(height) * int(width)):
@@ -147,7 +154,11 @@ def export(checkpoint: str, out: Path, teacher: bool, form: Any, size: str | Non
         click.echo(json.dumps({"out": str(path), **about}))
     else:
         click.echo(f"written: {path}, the {about['gristmill.network']} after {about['gristmill.position']} images")
-        click.echo(call(about, path) if form == "timm" else "its names are the official Mugs code's")
+        if difference := about.get("gristmill.difference"):
+            click.echo(f"checked: it differs from torch by at most {difference} of the largest number")
+        if form != "card":
+            click.echo(f"card: {about['gristmill.card']}")
+            click.echo("\n".join(usage(form, about, path)))
 
 
 @main.command(
@@ -172,21 +183,20 @@ def replay(capture: Path, ranks: tuple[int, ...], as_json: bool) -> None:
     sys.exit(show_replay(capture, ranks, as_json=as_json))
 
 
-@main.command(epilog=example("gristmill report runs/first"))
+@main.command(epilog=example("gristmill report runs/first", "gristmill report runs/first --no-draw"))
 @click.argument("run", type=FOLDER)
-def report(run: Path) -> None:
-    """Write RUN/report.html: curves, the crops that were fed, probes, nearest neighbours."""
+@click.option(
+    "--draw/--no-draw",
+    default=True,
+    show_default=True,
+    help="Bring the drawings that need a network up to date: seconds; wants the newest checkpoint and the data.",
+)
+def report(run: Path, draw: bool) -> None:
+    """Write RUN/report.html: one page that needs no network and no other file.
+
+    Probes, neighbours, attention, matches, local groups, the tree of prototypes, curves, crops, data, speed, events. It may
+    be made at any time of a run; what cannot be drawn is said on the page.
+    """
     from .report import write_report
 
-    click.echo(f"{write_report(run)}")
-
-
-@main.command(epilog=example("gristmill status runs/first", "gristmill status http://127.0.0.1:9464/metrics --once"))
-@click.argument("target", default="gristmill-demo")
-@click.option("--once", is_flag=True, help="Print one view and leave.")
-@click.option("--json", "as_json", is_flag=True, help="Print the values as JSON and leave.")
-def status(target: str, once: bool, as_json: bool) -> None:
-    """Live view of a run, from its metrics: TARGET is a run folder or a URL."""
-    from .monitor.status import show_status
-
-    sys.exit(show_status(target, once, as_json))
+    click.echo(f"{write_report(run, draw=draw)}")

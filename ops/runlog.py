@@ -1,8 +1,9 @@
 """The run folder's log: `metrics.jsonl`, one JSON object a line, and the folder's lock.
 
-Kinds: `step` (losses, schedules, times), `probe` (one row of the table), `event` (checkpoints, skips, resumes). On
+Kinds: `step` (losses, schedules, times), `probe` (one row of the table), `probe_cost`, `event` (checkpoints, skips, resumes). On
 resume, lines at or beyond the resumed position are dropped first: those steps are taken again, and a trace must
-not hold a step twice. One process writes a run folder at a time; the lock is flock's, so none outlives its process.
+not hold a step twice. Probes made at that very position stay when they are whole, for they are what would be measured
+again. One process writes a run folder at a time; the lock is flock's, so none outlives its process.
 """
 
 from __future__ import annotations
@@ -34,13 +35,21 @@ class RunLog:
                 f"another process is training in {folder}; wait for it, or name another folder with --out"
             ) from error
         self._file = self.path.open("a", buffering=1)
+        self.probed: set[int] = set()  # positions whose probes the log still holds after `rewind`
 
     def write(self, kind: str, **values: Any) -> None:
         self._file.write(json.dumps({"kind": kind, **values}) + "\n")
 
     def rewind(self, position: int) -> None:
         """Drop every line at or beyond `position`, and a torn last line."""
-        kept = [line for line in read_log(self.path) if line.get("position", 0) < position]
+        lines = read_log(self.path)
+        self.probed = {position for line in lines if line["kind"] == "probe_cost" and line.get("position") == position}
+        kept = [
+            line
+            for line in lines
+            if line.get("position", 0) < position
+            or (line.get("position") in self.probed and line["kind"] in ("probe", "probe_cost"))
+        ]
         beside = self.path.with_suffix(".jsonl.writing")
         with beside.open("w") as file:
             file.writelines(json.dumps(line) + "\n" for line in kept)
@@ -60,6 +69,7 @@ class NoLog:
 
     def __init__(self, folder: Path):
         self.path = folder / "metrics.jsonl"
+        self.probed: set[int] = set()
 
     def write(self, kind: str, **values: Any) -> None:
         pass

@@ -16,12 +16,12 @@ def cosine(start: float, end: float, progress: float) -> float:
     return end + 0.5 * (start - end) * (1.0 + math.cos(math.pi * progress))
 
 
-def warmup_cosine(peak: float, end: float, warmup: float, progress: float, step: float) -> float:
-    """Linear from 0 at progress 0 to `peak` at the last step inside `warmup`, then a cosine to `end`.
+def warmup_cosine(peak: float, end: float, warmup: float, progress: float, step: float, start: float = 0.0) -> float:
+    """Linear from `start` (a share of the peak) at progress 0 to `peak` at the last step inside `warmup`, then a cosine to `end`.
 
     `step` is the share of the run that one batch makes; the official ramp reaches the peak on the last warm-up
     iteration (np.linspace with both ends), and the cosine starts on the next one.
     """
     if progress < warmup:
-        return peak * min(1.0, progress / max(warmup - step, step))
+        return peak * (start + (1.0 - start) * min(1.0, progress / max(warmup - step, step)))
     return cosine(peak, end, (progress - warmup) / max(1.0 - warmup, 1e-12))

@@ -8,8 +8,8 @@ while the device still works, so that a rank without data can say so in the same
 
 from __future__ import annotations
 
-import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,20 +22,24 @@ from ..pipeline.loader import Batch, Loader
 from ..shards.errors import GristmillError
 from .capture import capture
 from .checkpoint import CheckpointError
+from .clock import Clock
 from .evaluate.online import OnlineProbes
 from .launch import flushing, join, leave
 from .lost import Crew
-from .monitor.exporter import Exporter
+from .monitor.goodput import Goodput
 from .monitor.metrics import Metrics
+from .monitor.observer import Observer
+from .monitor.serving import serve
 from .progress import Meter
 from .recipe import Recipe
+from .report.attempts import Attempts, why_ended
 from .report.crops import save_crops
 from .run import Run
 from .schedule import cosine
 from .watchdog import Watchdog
 from .writer import ELSEWHERE
 
-REQUEUE = 75  # exit code after SIGTERM with a checkpoint written: start the same command again (EX_TEMPFAIL)
+REQUEUE = 75  # exit code after SIGTERM or SIGUSR1 with a checkpoint written: start the same command again (EX_TEMPFAIL)
 IMPATIENT = 2.0  # seconds after which another Ctrl-C is a wish of its own
 
 
@@ -58,10 +62,11 @@ def train(recipe: Recipe, folder: Path, *, quiet: bool = False) -> Ending:
 
 
 def _train(recipe: Recipe, folder: Path, quiet: bool) -> Ending:
+    began = time.time()
     rank, world, device = join()
     crew = Crew(rank, world)
     asked, before = _listen()
-    run = exporter = watch = None
+    run = exporter = watch = attempts = loop = None
     try:
         run = Run(recipe, folder, rank, world, device)
         metrics = Metrics(recipe.name, run.topology())
@@ -69,18 +74,20 @@ def _train(recipe: Recipe, folder: Path, quiet: bool) -> Ending:
         watch = Watchdog(
             rank, world, deadline=recipe.watchdog, report=lambda text: log.write("event", event="stalled", why=text)
         )
-        if recipe.metrics.port != "off":
-            exporter = Exporter(metrics.registry, _port(recipe, rank), recipe.metrics.address)
-            if rank == 0:
-                (folder / "metrics.url").write_text(exporter.url + "\n")
+        notes: list[str] = []
+        exporter = serve(recipe.metrics, metrics.registry, rank=rank, world=world, folder=folder, notes=notes.append)
         with Meter("training", run.end, quiet=quiet or rank > 0) as meter:
+            attempts = Attempts(folder) if rank == 0 else None  # reads the log before what is taken again is dropped
+            goodput = Goodput(folder, attempts.before, started=began) if attempts else None
+            metrics.observe_state("restoring")
             with watch.patience(3600.0):
                 told = run.restore()
-            for line in told:
+            if attempts:
+                attempts.begin(run.position)
+            for line in [*told, *notes]:
                 meter.note(line)
-            if exporter:
-                meter.note(f"metrics: {exporter.url}")
-            Loop(run, metrics, meter, watch, asked).run_to_end()
+            loop = Loop(run, metrics, meter, watch, asked, goodput)
+            loop.run_to_end()
     except RuntimeError as error:
         lost = crew.explain(error, *(watch.here() if watch else ("start", 0)))
         if lost is None:
@@ -93,10 +100,14 @@ def _train(recipe: Recipe, folder: Path, quiet: bool) -> Ending:
     finally:
         if watch:
             watch.close()
+        if loop:
+            loop.observer.close(failed=sys.exc_info()[0] is not None)
         if exporter:
-            exporter.close()
-            (folder / "metrics.url").unlink(missing_ok=True)
+            # One that never began to train was a mistake of whoever started it, who reads about it in the terminal.
+            exporter.close(clean=loop is None or sys.exc_info()[0] in (None, KeyboardInterrupt))
         if run:
+            if attempts:
+                attempts.end(run.position, why_ended(asked, sys.exc_info()[1]))
             run.close()
         leave()
         for number, handler in before.items():
@@ -108,8 +119,17 @@ def _train(recipe: Recipe, folder: Path, quiet: bool) -> Ending:
 class Loop:
     """The steps of a run, from where it stands to its end or to a wish to stop."""
 
-    def __init__(self, run: Run, metrics: Metrics, meter: Meter, watch: Watchdog, asked: list[int]):
-        self.run, self.metrics, self.meter, self.watch, self.asked = run, metrics, meter, watch, asked
+    def __init__(
+        self,
+        run: Run,
+        metrics: Metrics,
+        meter: Meter,
+        watch: Watchdog,
+        asked: list[int],
+        goodput: Goodput | None = None,
+    ):
+        self.run, self.meter, self.watch, self.asked = run, meter, watch, asked
+        self.observer = Observer(run, metrics, goodput)
         self.probes = OnlineProbes(run, metrics, meter)
         self.captured = 0
         self.due = False  # a checkpoint
@@ -126,6 +146,7 @@ class Loop:
             feed.fetch()
             if run.position < run.end:
                 self.agree(run.total([float(feed.error is not None)])[0], feed)
+            self.observer.begin()
             self.clock = Clock()
             while run.position < run.end:
                 if self.step(feed, loader):
@@ -136,13 +157,15 @@ class Loop:
     def step(self, feed: Ahead, loader: Loader) -> bool:
         """One step; True when the run was asked to stop, with everything saved."""
         run, engine, clock = self.run, self.run.engine, self.clock
+        self.refresh()
         start, batch = run.position, feed.take()
         if start == 0 and run.rank == 0:
             save_crops(run.folder / "crops.npz", {n: v.cpu().numpy() for n, v in batch.views.items()}, batch.keys)
         outcomes = []
         for part in range(run.inputs.parts):
             self.watch.at("forward", start)
-            outcomes.append(run.forward(batch, part))
+            with self.observer.forward():
+                outcomes.append(run.forward(batch, part))
             clock.lap("forward")
             self.watch.at("backward", start)
             engine.backward(outcomes[-1].loss)
@@ -172,6 +195,10 @@ class Loop:
         else:
             self.leave_out(batch, verdict)
         run.cursor = run.cursor.advance(run.recipe.batch, committed=good)
+        if good:
+            with self.watch.patience(3600.0):
+                verdict.logs |= run.refit()
+            clock.lap("refit")
         if run.guard.settle(verdict):
             self.go_back(verdict, batch)
         self.clock = Clock()  # what follows the step's line in the log is counted in the next one's
@@ -190,6 +217,22 @@ class Loop:
         self.probe()
         self.clock.pause()  # probes are booked on their own
         return stop
+
+    def refresh(self) -> None:
+        """A pass over the data for objectives that want one before this step."""
+        if self.run.mixture.stale(self.run.info()):
+            self._refresh()
+        self.clock.lap("refresh")
+
+    def _refresh(self) -> None:
+        with self.watch.patience(24 * 3600.0), self.observer.doing("refreshing"):
+            begin = time.perf_counter()
+            for name, missing in self.run.refresh().items():
+                seconds, position = time.perf_counter() - begin, self.run.position
+                about = {"position": position, "objective": name, "missing": missing, "seconds": seconds}
+                self.run.log.write("event", event="refreshed", **about)
+                left = f" but {missing} that are left out or damaged" if missing else ""
+                self.meter.note(f"{name}: all images{left} seen and clustered at image {position}, {seconds:.0f} s")
 
     def agree(self, faults: float, feed: Ahead) -> None:
         """All ranks stop when one has no data; that one says why."""
@@ -239,6 +282,7 @@ class Loop:
             if run.writer.busy:  # one that fails must not end a run that has an older one to go back to
                 self._finish(must=False)
             position = run.go_back()
+        self.observer.rolled_back()
         run.log.write("event", event="rollback", position=run.position, to=position)
         self.meter.note(f"{run.recipe.guard.patience} bad steps in a row: back to the state of image {position}")
 
@@ -246,24 +290,20 @@ class Loop:
         run = self.run
         row = {"position": start, "grad_norm": verdict.grad_norm, **rates, **verdict.logs}
         run.log.write("step", **row, bad=bool(verdict.bad), seconds=clock.seconds)
-        self.metrics.observe_step(
-            row
-            | {"position": run.position, "trained": run.cursor.trained, "progress": run.progress}
-            | {"batch": run.recipe.batch, "crops": run.recipe.batch * run.inputs.student_crops}
-            | {"bad": verdict.bad, "phases": clock.seconds}
-        )
-        self.metrics.observe_loader(loader.stats)
+        self.observer.step(verdict, row, clock.seconds, loader)
         self.meter(run.position, text=f"loss {verdict.logs['loss']:.3f}")
 
     def probe(self) -> None:
-        with self.watch.patience(3600.0):
+        if self.run.position not in self.probes.due:
+            return
+        with self.watch.patience(3600.0), self.observer.doing("probing"):
             self.watch.at("probe")
             self.probes.maybe(self.run.position)
 
     def save(self, wait: bool = False) -> None:
         """Begin a checkpoint of the position reached; `wait` until it is whole on disk."""
         run = self.run
-        with self.watch.patience(600.0):
+        with self.watch.patience(600.0), self.observer.doing("checkpointing"):
             self.watch.at("checkpoint")
             if run.writer.busy:
                 self._finish(must=False)
@@ -288,13 +328,13 @@ class Loop:
 
     def _saved(self, settled: Any) -> None:
         if settled is not None and self.run.rank == 0:
-            self.metrics.observe_checkpoint(ok=True, seconds=settled.seconds, size=settled.bytes)
+            self.observer.saved(settled)
             if settled.warning:
                 self.meter.note(f"warning: {settled.warning}")
 
     def _unsaved(self, why: str, *, told: bool) -> None:
         """A disk that is full in mid-run costs this checkpoint, not the run; `told` where an error says why, too."""
-        self.metrics.observe_checkpoint(ok=False)
+        self.observer.unsaved()
         self.run.log.write("event", event="checkpoint_failed", position=self.run.position, why=why)
         if not told:
             self.meter.note(f"warning: {why}")
@@ -328,35 +368,12 @@ class Ahead:
         return batch
 
 
-class Clock:
-    """Seconds of each phase of a step. The phases add up to the step."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, phase: str) -> None:
-        now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
-        self._last = now
-
-    def pause(self) -> None:
-        """Do not count what passed since the last lap."""
-        self._last = time.perf_counter()
-
-
-def _port(recipe: Recipe, rank: int) -> int:
-    """One exporter a rank, on neighbouring ports of its node."""
-    port = recipe.metrics.port
-    assert isinstance(port, int)
-    return port + int(os.environ.get("LOCAL_RANK", "0")) if port else 0
-
-
 def _listen() -> tuple[list[int], dict[int, Any]]:
-    """Let SIGTERM and Ctrl-C ask the loop to stop: the list holds the signals that came.
+    """Let SIGTERM, SIGUSR1 and Ctrl-C ask the loop to stop: the list holds the signals that came.
 
     Every one of them asks: a terminal and a launcher both pass on the same Ctrl-C, a scheduler and a launcher the same
-    SIGTERM. Only a Ctrl-C that comes seconds after the first means that somebody does not want to wait, and ends at once.
+    SIGTERM. SIGUSR1 is what Slurm is told to send ahead of the end of a job's time. Only a Ctrl-C that comes seconds
+    after the first means that somebody does not want to wait, and ends at once.
     Also returns the handlers that were there before, by signal.
     """
     asked: list[int] = []
@@ -368,4 +385,4 @@ def _listen() -> tuple[list[int], dict[int, Any]]:
         if number == signal.SIGINT and since[-1] - since[0] > IMPATIENT:
             raise KeyboardInterrupt
 
-    return asked, {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    return asked, {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}

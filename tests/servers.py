@@ -49,13 +49,16 @@ def weed_server(folder: Path, seconds: float = 60) -> Iterator[Server]:
     command += [f"-s3.config={folder / 's3.json'}", "-s3.port.iceberg=0", "-master.telemetry=false", "-volume.max=20"]
     command += ["-s3.port.lance=0", "-master.volumeSizeLimitMB=64", "-master.volumePreallocate=false"]
     command += ["-filer.localSocket=filer.sock", "-s3.localSocket=s3.sock"]
+    # By itself it takes no more writes once one percent of a disk is left, which may be gigabytes.
+    command += ["-volume.minFreeSpace=64MiB"]
     command += [f"-{name}={port}" for name, port in ports.items()]
     with (folder / "weed.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
     try:
         endpoint = f"127.0.0.1:{ports['s3.port']}"
         until = time.monotonic() + seconds
-        while not _answers(f"http://{endpoint}/healthz"):
+        places = [f"{endpoint}/healthz", f"127.0.0.1:{ports['master.port']}/dir/assign"]  # up, and takes writes
+        while not all(_answers(f"http://{place}") for place in places):
             if process.poll() is not None or time.monotonic() > until:
                 raise TimeoutError(f"weed is not up: {(folder / 'weed.log').read_text()[-2000:]}")
             time.sleep(0.1)

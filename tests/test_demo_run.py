@@ -1,13 +1,15 @@
-"""The whole way, as a user walks it: `gristmill demo`, killed with -9 and started again, watched, and with mistakes."""
+"""The whole way, as a user walks it: `gristmill demo`, killed with -9 and started again, watched, and with mistakes.
+
+Once by the console script alone, start to end, and once killed there; elsewhere the same command line runs in forks.
+"""
 
 import json
 import os
 import shutil
 import signal
 import subprocess
-import sys
-import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,30 +17,29 @@ import pytest
 from gristmill.ops.checkpoint import Saved, newest
 from gristmill.ops.runlog import read_log
 from gristmill.ops.stores import open_store
+from gristmill.shards.ingest import outcomes
 from PIL import Image
 
+from .command import Command, wait
 from .disks import small_disk
+from .workers import Workers
 
-GRISTMILL = Path(sys.executable).parent / "gristmill"
 SHORT = ["images=640", "checkpoint.every=128", "probes.at=[0.0, 1.0]", "probes.images=256", "metrics.port=0"]
 pytestmark = pytest.mark.slow
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
-    environment = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "PATH")}
-    return subprocess.Popen(
-        [GRISTMILL, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # No activated environment, no compiler, no ninja: the console script alone has to do.
-        env=environment | {"PATH": "/nonexistent"},
-    )
+@pytest.fixture
+def start(workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Command]:
+    """start(*arguments, hold=None): the command in a fork."""
+    return lambda *arguments, hold=None: Command(tmp_path_factory.mktemp("said"), arguments, workers, hold)
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
+def begun(demo: tuple[Path, str, str], run: Path, *parts: str) -> Path:
+    """A demo folder in which images are drawn already, and packed, if `parts` says so."""
+    for name in parts or ("images", "data"):
+        shutil.copytree(demo[0] / name, run / name)
+    shutil.copy(demo[0] / "source.json", run)
+    return run
 
 
 def trace(folder: Path) -> list[dict]:
@@ -58,21 +59,15 @@ def last_checkpoint(folder: Path) -> Saved:
     return saved
 
 
-def wait_for_position(folder: Path, position: int, process: subprocess.Popen[str]) -> None:
-    for _ in range(1200):
-        lines = read_log(folder / "metrics.jsonl")
-        if any(line["kind"] == "step" and line["position"] >= position for line in lines):
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
-    raise AssertionError(f"no step at {position}")
+def has_reached(folder: Path, position: int) -> bool:
+    return any(line["kind"] == "step" and line["position"] >= position for line in read_log(folder / "metrics.jsonl"))
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     """An uninterrupted run: its folder and what it printed."""
     folder = tmp_path_factory.mktemp("demo") / "run"
-    code, out, err = finish(start("demo", "--tiny", "--out", folder, *SHORT))
+    code, out, err = Command(tmp_path_factory.mktemp("said"), ("demo", "--tiny", "--out", folder, *SHORT)).finish()
     assert code == 0, err
     return folder, out, err
 
@@ -104,26 +99,32 @@ def test_leaves_what_it_promises(demo: tuple[Path, str, str]):
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 
-def test_a_finished_demo_started_again_ends_at_once_with_the_same_table(demo: tuple[Path, str, str]):
+def test_a_finished_demo_started_again_ends_at_once_with_the_same_table(demo: tuple[Path, str, str], start):
     folder, out, _ = demo
     before = (folder / "metrics.jsonl").read_bytes()
-    code, again, _ = finish(start("demo", "--tiny", "--out", folder, *SHORT))
+    code, again, _ = start("demo", "--tiny", "--out", folder, *SHORT).finish()
     assert code == 0
     assert again == out
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
-def test_killed_with_9_and_started_again_gives_the_same_trace(demo: tuple[Path, str, str], tmp_path: Path):
+def test_killed_with_9_and_started_again_gives_the_same_trace(demo: tuple[Path, str, str], tmp_path: Path, start):
+    """Between checkpoints, so that steps are taken again; once wherever the console script happens to be."""
     folder, _, _ = demo
-    run = tmp_path / "run"
-    for position in (160, 384):  # between checkpoints, so that steps are taken again
-        process = start("demo", "--tiny", "--out", run, *SHORT)
-        wait_for_position(run, position, process)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    code, _, err = finish(start("demo", "--tiny", "--out", run, *SHORT))
+    for attempt in range(5):  # a machine that held up this process only may let the run end first
+        (said := tmp_path / f"said{attempt}").mkdir()
+        run = tmp_path / f"run{attempt}"
+        process = Command(said, ("demo", "--tiny", "--out", run, *SHORT))
+        wait(process, lambda run=run: has_reached(run, 160))
+        process.signal(signal.SIGKILL)
+        if process.finish()[0] == -signal.SIGKILL and not has_reached(run, 416):
+            break
+    else:
+        raise AssertionError("five times it ended before it was killed")
+    start("demo", "--tiny", "--out", run, *SHORT, hold=448).kill()
+    code, _, err = start("demo", "--tiny", "--out", run, *SHORT).finish()
     assert code == 0, err
-    assert "going on from image" in err
+    assert "going on from image 384" in err or "going on from image 256" in err  # written beside training
     assert trace(run) == trace(folder)
     ours, theirs = last_checkpoint(run), last_checkpoint(folder)
     assert {"student", "teacher", "exp_avg", "exp_avg_sq"} <= set(theirs.groups())
@@ -132,39 +133,68 @@ def test_killed_with_9_and_started_again_gives_the_same_trace(demo: tuple[Path, 
     assert ours.state["cursor"] == theirs.state["cursor"]
 
 
-def test_stopped_by_sigterm_it_saves_and_goes_on(demo: tuple[Path, str, str], tmp_path: Path):
-    run = tmp_path / "run"
-    process = start("demo", "--tiny", "--out", run, *SHORT)
-    wait_for_position(run, 160, process)
-    process.terminate()
-    code, _, err = finish(process)
+def test_killed_with_9_a_run_that_hides_patches_gives_the_same_bits(demo: tuple[Path, str, str], tmp_path: Path, start):
+    """iBOT's way: a mask token among the weights, masks drawn from positions, two centres, patches shown at first."""
+    own = ["objectives.instance=null", "objectives.local_group=null", "objectives.group={form: dino}", "batch=16"]
+    own += ["objectives.patch={start: 0.2}", "objectives.add=sum", "student.drop_path=0.2", "student.depth=1"]
+    own += ["images=480", "checkpoint.every=96", "probes.at=[]", "metrics.port=off", "student.prototypes=64"]
+
+    def command(run: Path) -> list[object]:
+        return ["train", "demo", "--tiny", "--out", run, f"data={demo[0] / 'data' / 'train'}", *own]
+
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    code, _, err = start(*command(straight)).finish()
+    assert code == 0, err
+    start(*command(broken), hold=240).kill()  # between checkpoints, and after the first masks
+    code, _, err = start(*command(broken)).finish()
+    assert code == 0, err
+    assert "going on from image 192" in err or "going on from image 96" in err  # written beside training
+
+    steps = trace(straight)
+    assert trace(broken) == steps
+    assert {bool(line["patch/hidden_ratio"]) for line in steps if line["position"] < 96} == {False}
+    assert len({line["patch/hidden_ratio"] for line in steps if line["position"] >= 96}) > 10
+    ours, theirs = last_checkpoint(broken), last_checkpoint(straight)
+    token = theirs.assembled("student")["backbone.mask_token"]
+    assert token.abs().max() > 1e-5, "it was learned"
+    assert theirs.assembled("exp_avg")["backbone.mask_token"].abs().max() > 0
+    assert {"group.center", "patch.center"} <= set(theirs.whole("objectives"))
+    assert ours.digests == theirs.digests
+    assert ours.state["cursor"] == theirs.state["cursor"]
+
+
+def test_stopped_by_sigterm_it_saves_and_goes_on(demo: tuple[Path, str, str], tmp_path: Path, start):
+    run = begun(demo, tmp_path / "run")
+    process = start("demo", "--tiny", "--out", run, *SHORT, hold=160)
+    process.until_held()
+    process.signal(signal.SIGTERM)
+    process.go()
+    code, _, err = process.finish()
     assert code == 75
     assert "the same command goes on from there" in err
-    position = last_checkpoint(run).position
-    assert 160 < position < 640
-    code, _, err = finish(start("demo", "--tiny", "--out", run, *SHORT))
+    assert last_checkpoint(run).position == 192
+    code, _, err = start("demo", "--tiny", "--out", run, *SHORT).finish()
     assert code == 0
-    assert f"going on from image {position}" in err
+    assert "going on from image 192" in err
     assert trace(run) == trace(demo[0])
 
 
-def test_metrics_while_it_runs(tmp_path: Path):
-    run = tmp_path / "run"
-    process = start("demo", "--tiny", "--out", run, *SHORT)
-    wait_for_position(run, 64, process)
-    page = urllib.request.urlopen((run / "metrics.url").read_text().strip(), timeout=10).read().decode()
-    status = subprocess.run([GRISTMILL, "status", run, "--json"], capture_output=True, text=True)
+def test_metrics_while_it_runs(demo: tuple[Path, str, str], tmp_path: Path, start):
+    run = begun(demo, tmp_path / "run")
+    process = start("demo", "--tiny", "--out", run, *SHORT, hold=96)
+    process.until_held()
+    page = urllib.request.urlopen((run / "metrics.url").read_text().strip(), timeout=60).read().decode()
+    code, status, err = start("status", run, "--json").finish()
     process.kill()
-    process.communicate()
     for name in ("gristmill_position_samples", "gristmill_loss", "gristmill_memory_fill_ratio", "gristmill_run_info"):
         assert f"\n{name}" in page
     assert 'objective="local_group"' in page
-    assert status.returncode == 0, status.stderr
-    assert json.loads(status.stdout)
+    assert code == 0, err
+    assert json.loads(status)
 
 
-def test_own_images_with_damage_among_them(demo: tuple[Path, str, str], tmp_path: Path):
-    """Every tenth file is broken: skipped, counted, listed; labels come from the subfolders."""
+def test_own_images_with_damage_among_them(demo: tuple[Path, str, str], tmp_path: Path, start):
+    """Every tenth file is broken: left out, counted, in the ledger; labels come from the subfolders."""
     images = tmp_path / "images"
     source = sorted((demo[0] / "images").rglob("*.jpg"))[::4]
     for number, path in enumerate(source):
@@ -176,34 +206,35 @@ def test_own_images_with_damage_among_them(demo: tuple[Path, str, str], tmp_path
     for number, kind in enumerate(("png", "webp")):
         pixels = np.random.Generator(np.random.Philox(number)).integers(0, 255, (70, 90, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(next(images.iterdir()) / f"own.{kind}")
-    code, out, err = finish(start("demo", "--tiny", "--images", images, "--out", tmp_path / "run", *SHORT))
+    command = ["demo", "--tiny", "--images", images, "--out", tmp_path / "run", *SHORT, "images=64"]
+    code, out, err = start(*command).finish()
     assert code == 0, err
     broken = -(-len(source) // 10)
-    assert f"{broken} files skipped" in err
-    assert len((tmp_path / "run" / "data" / "skipped.tsv").read_text().splitlines()) >= broken
+    assert f"{broken} left out: broken" in err
+    assert outcomes(tmp_path / "run" / "data") == {"kept": len(source) - broken + 2, "broken": broken}
     assert f"{len(source) - broken + 2} images taken" in err
     assert "class knn" in out
 
 
-def test_a_truncated_shard_stops_the_run_and_says_why(demo: tuple[Path, str, str], tmp_path: Path):
+def test_a_truncated_shard_stops_the_run_and_says_why(demo: tuple[Path, str, str], tmp_path: Path, start):
     data = tmp_path / "data"
     shutil.copytree(demo[0] / "data", data)
     shard = next((data / "train").rglob("*.tar"))
     os.truncate(shard, shard.stat().st_size // 2)
     arguments = ["train", "demo", "--tiny", "--out", tmp_path / "run", f"data={data / 'train'}", *SHORT[:2]]
-    code, _, err = finish(start(*arguments, "probes.at=[]", "metrics.port=off"))
+    code, _, err = start(*arguments, "probes.at=[]", "metrics.port=off").finish()
     assert code == 2
     for word in ("samples", "damaged", shard.name, "truncated", "gristmill verify"):
         assert word in err
     assert "Traceback" not in err
-    verify = subprocess.run([GRISTMILL, "verify", data / "train"], capture_output=True, text=True)
-    assert verify.returncode == 1
-    assert shard.name in verify.stdout
+    code, out, _ = start("verify", data / "train").finish()
+    assert code == 1
+    assert shard.name in out
 
 
-def test_another_recipe_does_not_go_on_with_a_checkpoint(demo: tuple[Path, str, str]):
+def test_another_recipe_does_not_go_on_with_a_checkpoint(demo: tuple[Path, str, str], start):
     before = sorted((path, path.stat().st_mtime_ns) for path in demo[0].rglob("*") if path.is_file())
-    code, _, err = finish(start("demo", "--tiny", "--out", demo[0], *SHORT, "optimizer.lr=0.5", "seed=0"))
+    code, _, err = start("demo", "--tiny", "--out", demo[0], *SHORT, "optimizer.lr=0.5", "seed=0").finish()
     assert code == 2
     assert "optimizer.lr" in err
     assert "0.5 now" in err
@@ -227,37 +258,44 @@ def test_another_recipe_does_not_go_on_with_a_checkpoint(demo: tuple[Path, str, 
         (["verify", "{empty}"], ["empty"]),
     ],
 )
-def test_a_mistake_is_one_clear_error(arguments: list[str], words: list[str], tmp_path: Path):
+def test_a_mistake_is_one_clear_error(arguments: list[str], words: list[str], tmp_path: Path, workers: Workers):
     places = {name: tmp_path / name for name in ("empty", "texts", "out")}
     places["empty"].mkdir()
     places["texts"].mkdir()
     (places["texts"] / "notes.txt").write_text("no picture")
-    code, out, err = finish(start(*(argument.format(**places) for argument in arguments)))
-    assert code in (1, 2)
+    given = [argument.format(**places) for argument in arguments]
+    process = workers.start("main(arguments, prog_name='gristmill')", arguments=given)
+    code, said = process.join(), process.output()
+    assert code in (1, 2), said
     for word in words:
-        assert word in out + err
-    assert "Traceback" not in err
+        assert word in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize("megabytes", [1, 6])
-def test_a_full_disk_is_one_clear_error(tmp_path: Path, megabytes: int):
-    """1 MB is full while drawing, 6 MB while training; with room made, the same command ends well."""
+def test_a_full_disk_is_one_clear_error(demo: tuple[Path, str, str], tmp_path: Path, start, megabytes: int):
+    """1 MB is full while drawing, 6 MB while packing; with room made, the same command ends well.
+
+    While training: test_a_full_disk_costs_checkpoints_but_not_the_run in distributed/test_faults.py.
+    """
     disk = tmp_path / "disk"
     with small_disk(disk, f"{megabytes}m"):
-        command = ["demo", "--tiny", "--out", disk / "run", *SHORT]
-        code, _, err = finish(start(*command))
+        command = ["demo", "--tiny", "--out", disk / "run", *SHORT, "images=64"]
+        if megabytes == 6:
+            begun(demo, disk / "run", "images")
+        code, _, err = start(*command).finish()
         assert code == 2, err
         assert "space" in err
         assert "make room" in err
         assert "Traceback" not in err
         assert not list(disk.rglob(".writing-*"))
         subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
-        code, out, err = finish(start(*command))
+        code, out, err = start(*command).finish()
         assert code == 0, err
-        assert "teacher after 640" in out
+        assert "teacher after 64 images" in out
 
 
-def test_a_taken_port_is_named_with_the_remedy(demo: tuple[Path, str, str], tmp_path: Path):
+def test_a_taken_port_is_named_and_another_one_taken(demo: tuple[Path, str, str], tmp_path: Path, start):
     import socket
 
     with socket.socket() as taken:
@@ -265,7 +303,8 @@ def test_a_taken_port_is_named_with_the_remedy(demo: tuple[Path, str, str], tmp_
         taken.listen()
         port = taken.getsockname()[1]
         data = f"data={demo[0] / 'data' / 'train'}"
-        code, _, err = finish(start("train", "demo", "--tiny", "--out", tmp_path / "run", data, f"metrics.port={port}"))
-    assert code == 2
-    assert str(port) in err
-    assert "metrics.port=" in err
+        short = [data, "images=32", "probes.at=[]", f"metrics.port={port}"]
+        code, _, err = start("train", "demo", "--tiny", "--out", tmp_path / "run", *short).finish()
+    assert code == 0, err
+    assert f"port {port}, where metrics would be served, is taken by" in err
+    assert "instead" in err

@@ -5,7 +5,8 @@
         one.join(), one.output()
 
 They are no children of the test, so that a SIGKILL hits exactly one of them, and threads of the test are not theirs.
-Each comes to its interpreter's real end, with the exit code that a script would have.
+Each ends with the exit code that a script would have, once its threads have ended and what it registered to be called at
+exit was called; with `end=True` the interpreter takes itself down as well, which takes half a second a process with torch.
 """
 
 from __future__ import annotations
@@ -22,8 +23,28 @@ from pathlib import Path
 from typing import Any, Self
 
 _PARENT = """
-import json, os, sys
+import atexit, json, os, sys, threading
 exec(sys.argv[1])
+
+def _ended(code):
+    # Its exit code, everything said. What is no Exception comes out of here, and ends the process as it would a script.
+    try:
+        exec(code, globals())
+        exited = 0
+    except SystemExit as error:
+        exited = error.code or 0
+        if not isinstance(exited, int):
+            print(exited, file=sys.stderr)
+            exited = 1
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        exited = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return exited & 255
+
 for line in sys.stdin:
     job = json.loads(line)
     if "code" in job:
@@ -33,6 +54,8 @@ for line in sys.stdin:
             os.dup2(os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
             os.dup2(1, 2)
             globals().update(job["values"])
+            if not job["end"]:
+                os._exit(_ended(job["code"]))
             exec(job["code"], globals())
             break
         print(pid, flush=True)
@@ -81,10 +104,10 @@ class Workers:
         command = [sys.executable, "-c", _PARENT, textwrap.dedent(imports)]
         self._parent = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def start(self, code: str, **values: Any) -> Worker:
-        """Run code with these values (JSON) as globals."""
+    def start(self, code: str, *, end: bool = False, **values: Any) -> Worker:
+        """Run code with these values (JSON) as globals. end: whether how the interpreter ends is to be seen."""
         file = Path(self._folder.name) / str(len(self._started))
-        pid = self.ask({"code": textwrap.dedent(code), "values": values, "output": str(file)})
+        pid = self.ask({"code": textwrap.dedent(code), "end": end, "values": values, "output": str(file)})
         self._started.append(Worker(pid, file, self))
         return self._started[-1]
 

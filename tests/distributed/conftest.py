@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 from gristmill.ops.bench.endings import tiny_data
+from gristmill.shards.demo import make_demo_images
+from gristmill.shards.ingest import ingest_folder
 
 from .zygote import Zygote
 
@@ -18,3 +20,12 @@ def zygote() -> Iterator[Zygote]:
 @pytest.fixture(scope="package")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_data(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="package")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fewer images than a run sees, so that a second epoch begins in it."""
+    folder = tmp_path_factory.mktemp("few")
+    make_demo_images(folder / "images", images=96, size=32, instances=3)
+    ingest_folder(folder / "images", folder / "data", shard_samples=25)
+    return folder / "data" / "train"

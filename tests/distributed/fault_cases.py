@@ -17,7 +17,9 @@ from gristmill.ops.cli import main as gristmill
 from gristmill.ops.run import Run
 from gristmill.shards.errors import GristmillError
 
-SIGNALS = {"term": signal.SIGTERM, "kill": signal.SIGKILL, "stop": signal.SIGSTOP, "int": signal.SIGINT}
+SIGNALS = {
+    "term": signal.SIGTERM, "usr1": signal.SIGUSR1, "kill": signal.SIGKILL, "stop": signal.SIGSTOP, "int": signal.SIGINT,
+}  # fmt: skip
 
 
 class UnreadableError(GristmillError):

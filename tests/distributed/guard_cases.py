@@ -24,7 +24,7 @@ from gristmill.ops.recipe import Recipe, load_recipe
 from gristmill.ops.run import Run
 from gristmill.ops.train import Loop
 from gristmill.ops.watchdog import Watchdog
-from gristmill.shards.engine import ingest
+from gristmill.shards.ingest import ingest_folder
 from PIL import Image
 
 BATCH = 12
@@ -51,7 +51,7 @@ def make_data(folder: Path, images: int) -> None:
     for number in range(images):
         image = Image.fromarray(draws.integers(0, 256, (6, 6, 3), np.uint8)).resize((40, 40))
         image.save(folder / "images" / f"{number}.jpg")
-    ingest(folder / "images", folder / "data", shard_samples=20)
+    ingest_folder(folder / "images", folder / "data", shard_samples=20)
 
 
 def recipe_of(folder: Path, steps: int, *more: str) -> Recipe:

@@ -9,9 +9,11 @@ import sys
 from gristmill.ops.cli import main
 from gristmill.ops.launch import quiet_deepspeed
 from gristmill.ops.train import train
-from gristmill.pipeline.augment import dali
+from gristmill.pipeline.augment import cpu, dali
+from pyarrow import dataset, pandas_compat
 
-PRELOADED = (main, train, dali)  # the latter two are what a command imports when it runs
+# What a run imports on its way; Arrow's are those that it imports at its first look into a table.
+PRELOADED = (main, train, cpu, dali, dataset, pandas_compat)
 quiet_deepspeed()
 gc.collect()
 gc.freeze()  # ranks need not look through all of this again

@@ -1,7 +1,8 @@
 """Groups of ranks without launch costs: forks of one process that has imported everything (rank.py).
 
 An interpreter that imports torch, timm and DeepSpeed takes ten seconds of a core, a fork none: so many groups stay
-affordable. Each rank is a process of its own all the same, which can be killed, and comes to its interpreter's real end.
+affordable. Each rank is a process of its own all the same, which can be killed, and comes to its interpreter's real end
+where a test asks for it.
 """
 
 import json
@@ -50,11 +51,12 @@ class Zygote(Workers):
         only: Collection[int] | None = None,
         env: dict[str, str] | None = None,
         seconds: float = 240,
+        end: bool = False,
     ) -> Group:
         """`world` ranks of a script of this folder, until all (or `only` these) have ended.
 
         log: where their stderr goes, followed by the rank. A rank that is not done after so many seconds prints where it
-        stands, and ends with code 1.
+        stands, and ends with code 1. end: whether how their interpreters end is to be seen (workers.py).
         """
         begin, store = time.perf_counter(), None
         environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | (env or {})
@@ -69,6 +71,7 @@ class Zygote(Workers):
         ranks = [
             self.start(
                 "become(script, arguments, environment, errors, seconds)",
+                end=end,
                 script=script,
                 arguments=list(map(str, arguments)),
                 environment=environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}),
@@ -85,9 +88,9 @@ class Zygote(Workers):
     def commands(
         self, log: Path, *commands: Iterable[object], faults: Iterable[dict[str, Any]] = (), **how: Any
     ) -> Group:
-        """Ranks that give these commands one after the other, each with its faults (fault_cases.py)."""
+        """Ranks that give these commands one after the other, each with its faults (fault_cases.py), to their real end."""
         lines = [list(map(str, command)) for command in commands]
-        return self.group(log, "fault_cases", json.dumps(list(faults)), json.dumps(lines), **how)
+        return self.group(log, "fault_cases", json.dumps(list(faults)), json.dumps(lines), **{"end": True, **how})
 
     def cases(self, script: str, world: int, folder: Path, *arguments: object) -> dict[str, dict[str, Any]]:
         """What a script wrote to folder/found.jsonl, by case; its ranks must have ended well."""

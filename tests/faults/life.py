@@ -31,7 +31,7 @@ def live(
     step: float = 0.0, start: str = "", quarantine: str = "",
 ) -> None:  # fmt: skip
     """Consume batches from the state in `folder` (or `start`) on, up to position `until`; `step` seconds each."""
-    faulthandler.dump_traceback_later(60, exit=True)  # a life that hangs says where
+    faulthandler.dump_traceback_later(600, exit=True)  # a life that hangs says where
     loader.RetryPolicy = _Patient
     home = Path(folder)
     place = home / f"state-{rank}.json"

@@ -21,7 +21,7 @@ from gristmill.pipeline.draws import COLUMNS, NEVER
 from gristmill.pipeline.standalone import images
 from gristmill.pipeline.strong import NUMBER
 from gristmill.pipeline.views import StreamConfig
-from gristmill.shards.engine import ingest
+from gristmill.shards.ingest import ingest_folder
 from gristmill.shards.manifest import Manifest
 from PIL import Image
 
@@ -49,7 +49,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "images").mkdir()
     for number, jpeg in enumerate(jpegs()):
         (root / "images" / f"{number}.jpg").write_bytes(jpeg)
-    ingest(root / "images", root / "data", shard_samples=2)
+    ingest_folder(root / "images", root / "data", shard_samples=2)
     (root / "my.yaml").write_text(RECIPE)
     return root
 

@@ -10,7 +10,7 @@ from gristmill.ops.recipe import RecipeError, dump_recipe, load_recipe
 from gristmill.pipeline.cursor import CursorError
 from gristmill.pipeline.quality import WorkingSetError
 from gristmill.shards.demo import make_demo_images
-from gristmill.shards.engine import ingest
+from gristmill.shards.ingest import ingest_folder
 from gristmill.shards.manifest import Manifest
 from gristmill.shards.tombstones import Tombstones
 
@@ -21,9 +21,9 @@ from ..faulty_http import FaultyServer
 def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("made")
     make_demo_images(root / "images", images=400, size=32)
-    ingest(root / "images", root / "few", shard_samples=100)
+    ingest_folder(root / "images", root / "few", shard_samples=100)
     make_demo_images(root / "more", images=400, size=32, seed=1)
-    ingest(root / "more", root / "other", shard_samples=100)
+    ingest_folder(root / "more", root / "other", shard_samples=100)
     return root
 
 

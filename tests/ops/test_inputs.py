@@ -1,5 +1,7 @@
 """What the networks are fed besides pixels, however a global batch is cut: weak flags as the pipeline drew the crops."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -92,3 +94,12 @@ def test_balance_over_a_batch_ties_a_run_to_its_ranks_unless_it_is_cut():
     assert ibot("objectives.group.koleo=0.1", "objectives.group.virtual_batch=4").elastic == "any"
     with pytest.raises(RecipeError, match=r"virtual_batch: 5 does not divide batch 12"):
         ibot("objectives.group.koleo=0.1", "objectives.group.virtual_batch=5")
+
+
+def test_a_step_that_is_only_asked_its_place_draws_nothing():
+    inputs = Inputs(ibot("views.global.strong=mugs", "views.global.weak_p=0.5"), 0, 1, "cpu")
+    drawn, place = inputs.info(24, 0.5), inputs.info(24, 0.5, drawn=False)
+    assert drawn.masks is not None
+    assert drawn.weak is not None
+    assert (place.masks, place.weak) == (None, None)
+    assert replace(drawn, masks=None, weak=None) == place

@@ -217,9 +217,11 @@ def test_the_transform_sees_stepped_groups_only_and_a_failing_one_leaves_the_gro
 
 
 def test_the_fast_form_is_chosen_by_device():
-    assert make_optimizer([{"params": [nn.Parameter(torch.ones(1))]}], settings_of(), "cuda").defaults["fused"]
+    for device in ("cuda", "cpu"):
+        assert make_optimizer([{"params": [nn.Parameter(torch.ones(1))]}], settings_of(), device).defaults["fused"]
+    elsewhere = make_optimizer([{"params": [nn.Parameter(torch.ones(1))]}], settings_of(), "xpu")
+    assert elsewhere.defaults["foreach"]
     on_cpu = make_optimizer([{"params": [nn.Parameter(torch.ones(1))]}], settings_of(eps=1e-6, betas=(0.5, 0.6)), "cpu")
-    assert on_cpu.defaults["foreach"]
     assert (on_cpu.defaults["eps"], on_cpu.defaults["betas"]) == (1e-6, (0.5, 0.6))
 
 

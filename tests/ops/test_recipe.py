@@ -16,7 +16,10 @@ def test_shipped_recipes_are_valid_short_and_shrink(name: str):
     assert len((RECIPES / f"{name}.yaml").read_text().splitlines()) <= 40
     tiny = load_recipe(name, tiny=True)
     assert tiny.images <= 2048
-    assert tiny.student.depth == 2
+    assert tiny.student.depth == (1 if tiny.student.resnet else 2)
+    assert (tiny.student.prototypes, tiny.student.head_hidden, tiny.student.predictor_hidden) <= (512, 256, 256)
+    for objective in (tiny.objectives.instance, tiny.objectives.local_group):
+        assert objective is None or objective.queue <= 1024
     assert tiny.objectives.names() == recipe.objectives.names()
     assert [view.augment for view in tiny.views] == [view.augment for view in recipe.views]
 
@@ -124,3 +127,13 @@ def test_keys_do_not_get_into_a_recipe():
     with pytest.raises(RecipeError, match="AWS_ACCESS_KEY_ID") as error:
         load_recipe("demo", ["checkpoint.store=s3://key:canary@bucket/prefix"])
     assert "canary" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "wanted"),
+    [("simclr-r50", 1, "two crops of"), ("simsiam-r50-100", 1, "two crops or more"), ("npid-r50", 2, "one crop")],
+)
+def test_crops_that_an_objective_without_a_teacher_cannot_use_are_refused_at_once(name: str, count: int, wanted: str):
+    assert load_recipe(name)
+    with pytest.raises(RecipeError, match=f"it wants {wanted}.*, not {count}"):
+        load_recipe(name, [f"views.global.count={count}"])
