@@ -32,7 +32,8 @@ lint: .venv/ready-for-tests
 system:
 	$(SUDO) apt-get update -q
 	$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends \
-		prometheus prometheus-alertmanager chromium fonts-dejavu-core iproute2 \
+		prometheus prometheus-alertmanager chromium fonts-dejavu-core iproute2 openssl \
+		slurmctld slurmd slurm-client munge \
 		plasma-workspace-wallpapers gnome-backgrounds
 
 clean:
