@@ -84,23 +84,27 @@ class Foresight:
                     return None
                 own = count + ahead
                 here = slice(first, first + len(grown.latest.counts))
-                found[here] = position + (self._of(grown.latest, own) - own) * (sum(parts) / part)
+                found[here] = position + (self._of(grown.latest, own, ahead) - own) * (sum(parts) / part)
         return found
 
-    def _of(self, order: Order, position: int) -> NDArray[np.float64]:
+    def _of(self, order: Order, position: int, ahead: int = 0) -> NDArray[np.float64]:
+        """position: the order's own, which is `ahead` of the stream's."""
         found = np.full(len(order.counts), np.inf)
         epoch = position // order.samples
         for e in (epoch, epoch + 1):
-            shard, first, last = self._spans(order, e)
+            shard, first, last = self._spans(order, e, ahead)
             open_ = last >= position
             np.minimum.at(found, shard[open_], np.maximum(first[open_], position))
         return found
 
-    def _open_spans(self, order: Order, epoch: int) -> tuple[Ints, Ints, Ints]:
+    def _open_spans(self, order: Order, epoch: int, ahead: int) -> tuple[Ints, Ints, Ints]:
         shard, lane, first, last = order.open_spans(epoch)
         if self.lanes is None:
             return shard, first, last
-        mine = np.isin(lane, self.lanes) | (lane < 0)
+        # A node's lanes go by the stream's position. An epoch that is no whole number of turns through the lanes begins
+        # the next one in another lane.
+        turned = (lane + epoch * order.samples - ahead) % order.lanes
+        mine = np.isin(turned, self.lanes) | (lane < 0)
         return shard[mine], first[mine], last[mine]
 
     def _looked_up(self, position: int) -> NDArray[np.float64]:

@@ -160,15 +160,16 @@ def working_set(
     """
     sizes = np.asarray(shard_bytes, np.int64)
     worst = WorkingSet(0, 0, 0)
+    _, _, shards = order.open_windows(epoch, np.zeros(1, np.int64), most=1)  # the same whatever the lanes
+    full = order.counts[shards] > 0
+    number = np.concatenate([[0], np.cumsum(full)])
+    length = np.concatenate([[0], np.cumsum(np.where(full, sizes[shards], 0))])
     nodes = node_lanes(order.lanes, batch, ranks, ranks_per_node or ranks)
     for lanes in {lanes.tobytes(): lanes for lanes in nodes}.values():  # nodes with the same ones once
         lanes = lanes[lanes < order.samples]
         if not len(lanes):
             continue
-        first, last, shards = order.open_windows(epoch, lanes)
-        full = order.counts[shards] > 0
-        number = np.concatenate([[0], np.cumsum(full)])
-        length = np.concatenate([[0], np.cumsum(np.where(full, sizes[shards], 0))])
+        first, last, _ = order.open_windows(epoch, lanes)
         # Lanes ascend along the axis: only what lies behind the lanes before it is new.
         seen = np.maximum.accumulate(last, axis=1)
         begin = first.copy()

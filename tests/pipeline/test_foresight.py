@@ -109,3 +109,13 @@ def test_shards_taken_up_on_the_way_are_looked_up_until_their_own_epoch_begins(m
         _, expected = looked(stream, 6, position)
         assert (expected >= position).all()
         assert (expected <= first_uses(stream, 6, position, 2 * stream.samples)).all()
+
+
+def test_later_epochs_begin_in_other_lanes():
+    counts, mine = np.array([10] * 8 + [3]), np.array([0, 1])  # 83 samples on 4 lanes
+    for order in (Order(counts, 3, 4, 20), Stream([source("a", counts)], 3, 4, 20)):
+        for epoch in range(4):
+            _, expected = looked(order, 9, epoch * 83, mine)
+            positions = np.arange(epoch * 83, (epoch + 1) * 83)
+            needed = set(order.locate(positions)[0][np.isin(positions % 4, mine)].tolist())
+            assert set(np.flatnonzero(expected < (epoch + 1) * 83).tolist()) == needed
