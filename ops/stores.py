@@ -166,8 +166,12 @@ class LocalStore:
         return seen.hexdigest(), size
 
     def read_unpublished(self, position: int, name: str) -> bytes:
-        os.listdir(self._draft(position))  # lets a network file system look again
-        return (self._draft(position) / name).read_bytes()
+        draft = self._draft(position)
+        try:
+            return (draft / name).read_bytes()
+        except FileNotFoundError:
+            os.listdir(draft)  # lets a network file system look again; for each file of thousands it would take long
+            return (draft / name).read_bytes()
 
     def publish(self, position: int, state: str, spare: Collection[str]) -> None:
         beside, final = self._draft(position), self.root / folder_name(position)
