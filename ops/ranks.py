@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,13 @@ def gather(rows: Tensor) -> Tensor:
     out = rows.new_empty((world * rows.shape[0], *rows.shape[1:]))
     dist.all_gather_single(out, rows.contiguous())
     return out
+
+
+def finish(pending: Iterable[dist.Work | None]) -> None:
+    """Wait for what was begun with `async_op`: here, where the watchdog knows a rank that waits for others."""
+    for work in pending:
+        assert work is not None
+        work.wait()
 
 
 def gather_texts(texts: list[str], total: Callable[[list[float]], list[float]], device: torch.device) -> list[str]:

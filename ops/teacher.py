@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..models.ema import ema_update
+from .ranks import finish
 from .segments import Shard
 from .zero import Layout
 
@@ -125,9 +126,7 @@ class EmaTeacher:
                 if group is not None:
                     mine = group.view(world, -1)[rank]
                     pending.append(dist.all_gather_single(group, mine, async_op=True))
-            for work in pending:
-                assert work is not None
-                work.wait()
+            finish(pending)
 
     @contextmanager
     def plain(self, build: Callable[[], nn.Module]) -> Iterator[nn.Module | None]:

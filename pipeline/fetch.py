@@ -182,7 +182,6 @@ class Fetcher:
                 self._crew = Crew(self.policy.connections, "gristmill-fetch")
         self._crew.run([partial(one, number) for number in range(len(wanted))])
         self.stats.remote_bytes += sum(done)
-        self.stats.remote_reads += len(done)
         return done
 
     def mistrust(self, shard: int) -> bool:

@@ -22,7 +22,6 @@ class FetchStats:
     local_bytes: int = 0  # from local shards
     cached_bytes: int = 0  # from the node's cache
     remote_bytes: int = 0  # in ranges
-    remote_reads: int = 0
     seconds: float = 0.0
     refetched: int = 0  # samples whose bytes were wrong at first and right when they were fetched again
     # Of a batch's turns to remote shards, those that found the shard in the cache, and those that did not.
@@ -53,7 +52,8 @@ class RemoteUse:
 
 @dataclass
 class Usage:
-    """Counters since the loader was made. `remote` where shards lie behind a network, `cache` where there is one."""
+    """Counters of one reader since it was made, `cache` where it has one; `remote`, where its shards lie behind a network,
+    are those of the process' client, which its other readers share."""
 
     local_bytes: int = 0
     cached_bytes: int = 0

@@ -8,11 +8,10 @@ Rows lie by subject in catalogue_*.py; docs/metrics.md is made from here (refere
 
 from . import catalogue_data, catalogue_learning, catalogue_run, catalogue_step, labels
 from .labels import HEALTH, HEALTH_OF, MEMORIES, OBJECTIVES, PHASES, PROBES, RESULTS, WHO
-from .row import CHECKPOINT_BUCKETS, STEP_BUCKETS, Group, Row
+from .row import Group, Row
 
 __all__ = [
     "CATALOGUE",
-    "CHECKPOINT_BUCKETS",
     "ENUMS",
     "GROUPS",
     "HEALTH",
@@ -22,7 +21,6 @@ __all__ = [
     "PHASES",
     "PROBES",
     "RESULTS",
-    "STEP_BUCKETS",
     "WHO",
     "Group",
     "Row",
@@ -43,10 +41,12 @@ ENUMS: dict[str, tuple[str, ...]] = {
     "place": labels.PLACES,
     "cuda": labels.CUDA,
     "retry": labels.RETRIES,
+    "operation": labels.OPERATIONS,
 }
 GROUPS: tuple[Group, ...] = (
     catalogue_run.RUN,
     catalogue_step.STEPS,
+    catalogue_step.COMMUNICATION,
     catalogue_data.STORAGE,
     catalogue_data.READER,
     catalogue_data.BUFFERS,

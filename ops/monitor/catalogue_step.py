@@ -41,11 +41,34 @@ STEPS = Group(
             "own_seconds",
             "add",
             "gristmill_rank_own_seconds_total",
-            "Part of its steps in which a rank waits for no other one (data wait and forward, on a GPU by its own "
-            "clock): the straggler has the most.",
+            "Data wait and forward of a rank's steps, on a GPU by its own clock: the straggler has the most, since nobody "
+            "waits for others there. But under ZeRO 3, which gathers weights in the forward, and where an objective "
+            "gathers rows for its loss, they do, and a straggler stands out less.",
         ),
         Row(
             "cuda/{cuda}", "gauge", "gristmill_cuda_memory_bytes", "Memory of torch on this rank's GPU (only with one)."
+        ),
+    ),
+)
+
+COMMUNICATION = Group(
+    "Communication",
+    "`ops/monitor/communication.py` from a rank's first step on; nothing where there is one process",
+    (
+        Row(
+            "communication/calls/{operation}",
+            "total",
+            "gristmill_communication_calls_total",
+            "Collective operations that this rank took part in, DeepSpeed's and ours alike.",
+            late=True,
+        ),
+        Row(
+            "communication/bytes/{operation}",
+            "total",
+            "gristmill_communication_bytes_total",
+            "Bytes of the tensors of these operations, of the larger side: the result of an all-gather, the source of a "
+            "reduce-scatter. A ring over n ranks sends (n - 1) / n of them, of an all-reduce twice as many.",
+            late=True,
         ),
     ),
 )
@@ -54,7 +77,12 @@ GUARD = Group(
     "Guard and optimizer",
     "`ops/guard.py`, `ops/engine.py`",
     (
-        Row("bad", "add", "gristmill_bad_steps_total", "Steps left out: a loss or a gradient was not finite."),
+        Row(
+            "bad",
+            "add",
+            "gristmill_bad_steps_total",
+            "Steps left out: something was not finite, the loss was far above its mean, or DeepSpeed took no step.",
+        ),
         Row("bad_in_a_row", "gauge", "gristmill_bad_steps_in_a_row", "Bad steps since the last good one."),
         Row(
             "rollbacks", "add", "gristmill_rollbacks_total", "Returns to the last good state after bad steps in a row."

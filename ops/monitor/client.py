@@ -25,14 +25,13 @@ def get(
     cert: str | None = None,
     key: str | None = None,
     timeout: float = TIMEOUT,
-    name: str | None = None,
+    most: int = PAGE_BYTES,
 ) -> bytes:
-    """What `url` answers, 64 MiB at most.
+    """What `url` answers, `most` bytes with its headers.
 
     ca: file of the authority that signed the server's certificate (default: those that the system trusts); cert, key:
-    files of our own certificate; name: whom the server's certificate must name (default: the host of the URL), for ports
-    that are forwarded. Raises OSError (also for an answer other than 200, and certificates that do not fit), ValueError or
-    HTTPException.
+    files of our own certificate. Raises OSError (also for an answer other than 200, and certificates that do not fit),
+    ValueError or HTTPException.
     """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or re.search(r"[\s\x00-\x1f]", url):
@@ -46,15 +45,15 @@ def get(
         connection = raw
         if parts.scheme == "https":
             raw.settimeout(_left(until))
-            connection = _context(ca, cert, key).wrap_socket(raw, server_hostname=name or parts.hostname)
+            connection = _context(ca, cert, key).wrap_socket(raw, server_hostname=parts.hostname)
         with connection:
             connection.settimeout(_left(until))
             connection.sendall(f"GET {target} HTTP/1.0\r\nHost: {host}\r\nAccept: */*\r\n\r\n".encode("ascii"))
             answer = bytearray()
             while chunk := connection.recv(CHUNK):
                 answer += chunk
-                if len(answer) > PAGE_BYTES:
-                    raise ValueError(f"more than {PAGE_BYTES >> 20} MiB")
+                if len(answer) > most:
+                    raise ValueError(f"more than {most >> 20} MiB")
                 connection.settimeout(_left(until))
     return _body(bytes(answer))
 

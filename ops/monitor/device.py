@@ -6,6 +6,7 @@ step's verdict, when both are long past. Without a GPU there is nothing to show,
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +15,8 @@ import torch
 
 # Dense FLOPs a second of the tensor cores in bf16, from the makers' data sheets; the first name that fits counts.
 PEAKS = (
-    ("GB200", 2500e12), ("B200", 2250e12), ("GH200", 989.4e12), ("H200", 989.4e12), ("H100 NVL", 835.5e12),
-    ("H100 PCIe", 756e12), ("H100", 989.4e12), ("H800", 989.4e12), ("A100", 312e12), ("A800", 312e12), ("L40S", 362e12),
+    ("GB200", 2500e12), ("B200", 2250e12), ("GH200", 989.4e12), ("H200 NVL", 835.5e12), ("H200", 989.4e12),
+    ("H100 NVL", 835.5e12), ("H100 PCIe", 756e12), ("H100", 989.4e12), ("H800", 989.4e12), ("A100", 312e12), ("A800", 312e12), ("L40S", 362e12),
     ("L40", 181e12), ("L4", 121e12), ("A40", 149.7e12), ("A10", 125e12),
 )  # fmt: skip
 
@@ -67,8 +68,13 @@ class Device:
 
 
 def peak_of(name: str, precision: str, tf32: bool) -> float | None:
-    """FLOPs a second of a device by its name. fp32 is known where it runs on tensor cores (tf32), at half of bf16's rate."""
-    found = next((peak for known, peak in PEAKS if known in name), None)
+    """FLOPs a second of a device by its name. fp32 is known where it runs on tensor cores (tf32), at half of bf16's rate.
+
+    None for a slice of a GPU (MIG), which bears the whole one's name.
+    """
+    if re.search(r"\bMIG\b", name):
+        return None
+    found = next((peak for known, peak in PEAKS if re.search(rf"\b{re.escape(known)}\b", name)), None)
     if found is None or precision in ("autocast", "bf16"):
         return found
     return found / 2 if tf32 else None

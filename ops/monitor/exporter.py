@@ -3,7 +3,8 @@
 prometheus_client's own server answers every path and takes a thread for each connection, so a client that hangs keeps
 one for good. Here one daemon thread runs an event loop: a request has a deadline, connections have a bound, answers
 are paced, and a page that was just rendered is served again, so that a flood of scrapes hardly slows the training loop.
-Pages and ticks run in that thread, too, and never in training's: what they raise is counted and answered by a 500.
+Pages and ticks run in that thread, too, and never in training's: what they raise is counted; a page's is answered by a
+500, a tick's is said once.
 
 A web page that somebody opens beside a run may point its own name at 127.0.0.1 and then read what is served there as if it
 were its own (DNS rebinding). Nothing here is secret to the machine's users, but a run's name and losses are no business
@@ -17,6 +18,7 @@ import inspect
 import ipaddress
 import socket
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -26,9 +28,9 @@ from urllib.parse import parse_qsl
 
 from prometheus_client import CollectorRegistry, generate_latest
 
-from .ports import ExporterError, listen, port_holder
+from .ports import ExporterError, listen
 
-__all__ = ["Exporter", "ExporterError", "Handler", "Page", "Tick", "port_holder"]
+__all__ = ["Exporter", "ExporterError", "Handler", "Page", "Tick"]
 
 URL_FILE = "metrics.url"  # in the run folder: one line, where this run's metrics are
 DEADLINE = 5.0  # seconds for a client to ask, again for a page to be made, and again to take the answer
@@ -77,6 +79,7 @@ class Exporter:
         self._ticks = ticks
         self._page = b""
         self._rendered = -1e9
+        self._pace = asyncio.Lock()  # of whose turn it is
         self._next = 0.0  # when the next answer may go out
         self._open: dict[asyncio.Task[None], None] = {}  # in order of arrival
         self._background: set[asyncio.Task[None]] = set()
@@ -152,11 +155,18 @@ class Exporter:
         self._background.add(asyncio.ensure_future(work))
 
     async def _repeat(self, seconds: float, call: Callable[[], None]) -> None:
+        said = ""
         while True:
+            trouble = ""
             try:
                 call()
-            except Exception:
+            except Exception as error:
                 self.failures["tick"] += 1
+                trouble = f"{type(error).__name__}: {error}"
+            if trouble not in ("", said):  # a tick that fails every second is no reason to fill a log
+                with suppress(OSError, ValueError):  # a terminal that is gone
+                    print(f"warning: metrics: {trouble}", file=sys.stderr)
+            said = trouble
             await asyncio.sleep(seconds)
 
     async def _accept(self, listening: socket.socket, tls: ssl.SSLContext | None) -> None:
@@ -199,9 +209,9 @@ class Exporter:
             client.close()
 
     async def _turn(self) -> None:
-        now = self._loop.time()
-        self._next = max(now, self._next + PACE)
-        await asyncio.sleep(self._next - now)
+        async with self._pace:  # a client that is dropped while it waits gives its turn back
+            await asyncio.sleep(self._next - self._loop.time())
+            self._next = self._loop.time() + PACE
 
     async def _answer(self, request: bytes) -> bytes:
         line, *headers = request.rstrip(b"\r\n").decode("latin-1").split("\r\n")

@@ -98,10 +98,10 @@ class Goodput:
             self._book("productive")
         self.ledger.reached = max(self.ledger.reached, end)
 
-    def end(self, *, failed: bool) -> None:
+    def end(self, *, failed: bool) -> dict[str, float]:
         """The attempt ends: by an error, and then the step that was under way is lost, or as it was meant to."""
         self._book("lost" if failed and self._training else "startup")
-        self.save()
+        return self.save()
 
     def save(self) -> dict[str, float]:
         """Keep what is booked, and only then tell it: seconds by state. A folder that cannot be written costs the file."""

@@ -13,6 +13,7 @@ PHASES = (
     *("data_wait", "forward", "backward", "verdict", "optimizer", "ema", "commit", "metrics", "checkpoint", "probe"),
     *("refresh", "refit"),  # a pass over the data for an objective; clustering between steps
 )
+APART = ("refresh", "refit", "checkpoint", "probe")  # phases that come now and then; the others are of every step
 _CONTRAST = ("accuracy", "positive_similarity")
 _CENTRED = ("teacher_entropy_ratio", "batch_entropy_ratio", "center_norm")
 # Signs of life by objective.
@@ -57,3 +58,5 @@ CAUSES = ("killed", "signal", "error")  # of an attempt that ended before all im
 PLACES = ("run", "checkpoints", "cache")
 CUDA = ("allocated", "reserved", "peak")
 RETRIES = ("throttled", "server", "timeout", "connection", "broken", "other")  # shards/retry.py says what is which
+# Collective operations; the last is whatever else goes from one rank to another.
+OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "reduce", "broadcast", "all_to_all", "barrier", "other")

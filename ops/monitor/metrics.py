@@ -104,8 +104,8 @@ class Metrics:
         """Takes one decided step, under the names of CATALOGUE. Tensors are waited for here: hand over numbers.
 
         `phases`: seconds by phase; `seconds`: wall time of the step, else the sum of its phases; `batch`: images of
-        this step; `bad`: true, or names of what was not finite. Checkpoints and probes lie between steps.
-        `own_seconds`: what the rank did without waiting for others, else its data wait and forward.
+        this step; `bad`: true, or names of what was wrong with it. Checkpoints and probes lie between steps.
+        `own_seconds`: its data wait and forward by the device's own clock, else by these phases.
         """
         row = {"steps": 1, "time": time.time(), **values, "bad": bool(values.get("bad"))}
         row.pop("kind", None)
@@ -131,10 +131,6 @@ class Metrics:
         if not is_dataclass(stats) or isinstance(stats, type):
             raise TypeError(f"observe_loader takes a dataclass of numbers, not {type(stats).__name__}")
         self._put("loader/", {field.name: getattr(stats, field.name) for field in fields(stats)})
-
-    def observe_memory(self, memory: str, stats: Mapping[str, Any]) -> None:
-        """Takes a memory's `stats()`: fill (ratio), age and expected_age (steps), norm, nonfinite (rows)."""
-        self._put(f"memory/{memory}/", stats)
 
     def observe_probe(self, values: Mapping[str, Any], seconds: float | None = None) -> None:
         """Takes scores in [0, 1] by probe; keys `who` (default: teacher) and `position` say whose and when.

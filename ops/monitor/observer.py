@@ -2,7 +2,7 @@
 
 Each step hands over numbers that the loop has anyway. What costs more, or would wait for the device (the teacher's
 sample, the counters of storage and cache, memory, the ledger of the wall clock), is looked at about once a second, and
-less often where looking takes longer: never more than a two-hundredth of the time.
+less often where looking takes longer: a two-hundredth of the time, but once a minute in any case.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .communication import Communication
 from .device import Device
 from .disks import Disks
 from .goodput import Goodput
@@ -42,6 +43,7 @@ class Observer:
         self.run, self.metrics, self.goodput = run, metrics, goodput
         self._device, self._work = Device(run.device), Work(run)
         self._sample = Sample(run.engine.teacher)
+        self._communication = Communication() if run.world > 1 else None
         self._state, self._claimed, self._next = "starting", 0.0, 0.0
         recipe = run.recipe
         metrics.observe({"world": run.world}, "run/")
@@ -63,6 +65,8 @@ class Observer:
         """The first step is about to be taken."""
         if self.goodput is not None:
             self.goodput.begin()
+        if self._communication is not None:
+            self._communicated(self._communication)
         self._enter("training")
 
     @contextmanager
@@ -76,11 +80,15 @@ class Observer:
             self._enter(before)
             seconds = time.perf_counter() - began - (self._claimed - claimed)  # less what was done, and booked, inside
             self._claimed += seconds
-            if self.goodput is not None and state in BOOKED:
+            if self.goodput is not None:
                 self.goodput.claim(BOOKED[state], seconds)
 
     def forward(self) -> AbstractContextManager[None]:
-        """Around a micro-batch's forward, in which a rank waits for no other one."""
+        """Around a micro-batch's forward, in which a rank does not wait for others.
+
+        But it does under ZeRO 3, which gathers each layer's weights there, and where an objective gathers rows for its
+        loss: a rank that is slow then shows in all ranks, and only by what it takes before and between these.
+        """
         return self._device.timed()
 
     def step(self, verdict: Verdict, row: dict[str, Any], phases: dict[str, float], loader: Loader) -> None:
@@ -118,6 +126,8 @@ class Observer:
             self.metrics.observe(cache, "cache/")
         self.metrics.observe(self._sample.look(), "teacher/")
         self.metrics.observe(self._device.memory(), "cuda/")
+        if self._communication is not None:
+            self._communicated(self._communication)
         if self.goodput is not None:
             self.metrics.observe(self.goodput.save(), "spent/")
 
@@ -137,9 +147,15 @@ class Observer:
         self.metrics.observe_state("ending")
         if self._disks is not None:
             self._disks.close()
+        if self._communication is not None:
+            self._communication.end()
+            self.metrics.observe(self._communication.counts(), "communication/")
         if self.goodput is not None:
-            self.goodput.end(failed=failed)
-            self.metrics.observe(self.goodput.save(), "spent/")
+            self.metrics.observe(self.goodput.end(failed=failed), "spent/")
+
+    def _communicated(self, counted: Communication) -> None:
+        counted.follow()
+        self.metrics.observe(counted.counts(), "communication/")
 
     def _enter(self, state: str) -> None:
         self._state = state

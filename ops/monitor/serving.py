@@ -13,7 +13,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal, Protocol
@@ -76,20 +76,20 @@ def serve(
     world: int,
     folder: Path,
     notes: Callable[[str], None],
-    pages: Mapping[str, Handler] | None = None,
-    ticks: Sequence[Tick] = (),
 ) -> Serving | None:
     """Serve `registry` as `config` wishes; None where that is not wished, or cannot be done. Never raises.
 
     rank, world: of the whole run, whose folder is `folder`; this process' place on its machine is LOCAL_RANK of
     LOCAL_WORLD_SIZE in the environment. notes: takes lines for the user; ranks but the first, which nobody listens to,
-    write theirs to the error stream. pages, ticks: as the Exporter takes them.
+    write theirs to the error stream. Where nothing is served any more, an earlier attempt's targets are taken away.
     """
-    if config.port == "off":
-        return None
     tell = notes if rank == 0 else lambda line: print(f"rank {rank}: {line}", file=sys.stderr)
+    if config.port == "off":
+        if rank == 0:
+            _forget(config, folder, tell)
+        return None
     try:
-        serving = _serve(config, config.port, registry, rank, world, folder, tell, dict(pages or {}), list(ticks))
+        serving = _serve(config, config.port, registry, rank, world, folder, tell)
     except Exception as error:  # no thread, no file handle, or what nobody thought of
         tell(f"WARNING: metrics are not served: {error}")
         return None
@@ -106,9 +106,9 @@ def _serve(
     world: int,
     folder: Path,
     notes: Callable[[str], None],
-    pages: dict[str, Handler],
-    ticks: list[Tick],
 ) -> Serving:
+    pages: dict[str, Handler] = {}
+    ticks: list[Tick] = []
     local, ranks = (int(os.environ.get(name, other)) for name, other in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
     secured = Secured(config.tls) if config.tls else None
     if secured:
@@ -164,7 +164,7 @@ def _add_board(
     pages: dict[str, Handler],
     ticks: list[Tick],
 ) -> None:
-    """The page for people at `/`, where nobody gave another."""
+    """The page for people at `/`."""
     try:
         from .board import board
 
@@ -172,7 +172,7 @@ def _add_board(
     except Exception as error:
         notes(f"WARNING: no board at /: {error}")
         return
-    pages.update({path: handler for path, handler in found.items() if path not in pages})
+    pages.update(found)
     ticks.extend(clocks)
 
 
@@ -187,8 +187,7 @@ def _tell(
             serving.files[0].write_text(exporter.url + "\n")
     except OSError as error:
         notes(f"WARNING: `gristmill status` is not told of {exporter.url}: {error}")
-    own = folder / FOLDER
-    for place in [own, config.targets] if config.targets else [own]:
+    for place in _places(config, folder):
         target = Target(place, folder, rank)
         serving.targets.append(target)
         try:
@@ -203,6 +202,24 @@ def _tell(
             )
         except OSError as error:
             notes(f"WARNING: Prometheus is not told of {exporter.url}: {error}")
+
+
+def _forget(config: Wanted, folder: Path, notes: Callable[[str], None]) -> None:
+    """Take away what an attempt that was killed left: nobody will answer there, and that is as it should be."""
+    for place in _places(config, folder):
+        target = Target(place, folder, 0)
+        try:
+            target.only(0)
+            target.remove()
+        except OSError as error:
+            notes(f"WARNING: Prometheus still looks for an earlier attempt's metrics: {error}")
+    with suppress(OSError):
+        (folder / URL_FILE).unlink(missing_ok=True)
+
+
+def _places(config: Wanted, folder: Path) -> list[Path]:
+    """Folders of targets: the run's own, and the one that the recipe names."""
+    return [folder / FOLDER, *([config.targets] if config.targets else [])]
 
 
 class Again:

@@ -54,9 +54,16 @@ class Secured:
 
     def _load(self) -> list[int]:
         times = self._times()
+        # A certificate whose key is still the old one is taken in before the key is found not to fit, and a context that
+        # holds such a pair serves nobody: so what is renewed has to fit into a context that nobody uses, first.
+        for context in (ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), self.context):
+            self._load_into(context)
+        return times
+
+    def _load_into(self, context: ssl.SSLContext) -> None:
         files = self._files
         try:
-            self.context.load_cert_chain(files.certificate, files.key, password=_no_password)
+            context.load_cert_chain(files.certificate, files.key, password=_no_password)
         except (OSError, ValueError) as error:  # SSLError is an OSError
             raise TLSError(
                 f"metrics.tls: {files.certificate} and {files.key} are no certificate and its key in PEM, readable for "
@@ -64,13 +71,12 @@ class Secured:
             ) from error
         if files.client_ca is not None:
             try:
-                self.context.load_verify_locations(files.client_ca)
+                context.load_verify_locations(files.client_ca)
             except OSError as error:
                 raise TLSError(
                     f"metrics.tls: {files.client_ca} holds no certificate of an authority ({_reason(error)})"
                 ) from error
-            self.context.verify_mode = ssl.CERT_REQUIRED
-        return times
+            context.verify_mode = ssl.CERT_REQUIRED
 
 
 def _no_password() -> str:

@@ -59,7 +59,7 @@ class Attempts:
         gap = self._steps[-1][0] - self._steps[-2][0] if len(self._steps) > 1 else 0
         images = lost[-1][0] - position + gap if lost else 0
         about = {"lost_images": images, "lost_seconds": round(sum(s for _, s in lost), 3), "heard": self._heard}
-        self._begun = True
+        self._begun, self._steps = True, []  # of a long run they are many, and were wanted for this alone
         self._note("began", position=position, **about)
 
     def end(self, position: int, why: str) -> None:

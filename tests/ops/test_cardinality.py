@@ -47,7 +47,7 @@ def test_hostile_names_and_values_make_no_series_and_do_not_raise(values: dict[s
     metrics.observe_step({"phases": values, "bad": values})
     metrics.observe_step({"seconds": values})
     metrics.observe_probe({**values, "who": name})
-    metrics.observe_memory(name, values)
+    metrics.observe(values, f"memory/{name}/")
     metrics.observe(values)
     for prefix in ("storage/retries/", "disk/", "spent/", "interruptions/", "state/", name):
         metrics.observe({name: 1.0} | values, prefix)

@@ -9,6 +9,7 @@ import torch
 from gristmill.ops.monitor.device import PEAKS, Device, peak_of
 from gristmill.ops.monitor.disks import Disks, room
 from gristmill.ops.monitor.sample import Sample, fingerprint_of
+from gristmill.ops.planning.hardware import GPUS
 
 
 class Teacher:
@@ -70,8 +71,29 @@ def test_peaks_are_of_known_devices_only():
     assert peak_of("NVIDIA A100-SXM4-80GB", "fp32", False) is None
     assert peak_of("NVIDIA GeForce GTX 970", "bf16", False) is None
     assert peak_of("NVIDIA L40S", "bf16", False) == 362e12
+    assert peak_of("NVIDIA H200 NVL", "bf16", False) == 835.5e12
+    assert peak_of("NVIDIA GH200 480GB", "bf16", False) == 989.4e12
+    assert peak_of("NVIDIA A10", "bf16", False) == 125e12
+    for other in (
+        "NVIDIA A10G",
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+        "NVIDIA H100 80GB HBM3 MIG 3g.40gb",
+        "NVIDIA L400",
+    ):
+        assert peak_of(other, "bf16", False) is None, other
     names = [name for name, _ in PEAKS]
     assert not [(a, b) for i, a in enumerate(names) for b in names[i + 1 :] if a in b], "the longer name comes first"
+
+
+@pytest.mark.parametrize(
+    ("name", "planned"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100-80"), ("NVIDIA A100-SXM4-80GB", "a100-80"), ("NVIDIA H200", "h200"),
+        ("NVIDIA B200", "b200"), ("NVIDIA L40S", "l40s"),
+    ],
+)  # fmt: skip
+def test_peaks_are_those_that_runs_are_planned_with(name: str, planned: str):
+    assert peak_of(name, "bf16", False) == pytest.approx(GPUS[planned].flops, rel=1e-3)
 
 
 def test_without_a_gpu_the_hosts_clock_counts():
@@ -98,4 +120,4 @@ def test_a_gpus_own_clock():
     memory = device.memory()
     assert 0 < memory["allocated"] <= memory["peak"] <= memory["reserved"]
     name = torch.cuda.get_device_name()
-    assert (device.peak_flops("bf16") is not None) == any(known in name for known, _ in PEAKS)
+    assert device.peak_flops("bf16") == peak_of(name, "bf16", False)

@@ -1,4 +1,4 @@
-"""The exporter over real sockets: what it answers, what a bad client can do to it, and a real Prometheus."""
+"""The exporter over real sockets: what it answers, what its pages and ticks may do, and a real Prometheus."""
 
 import asyncio
 import json
@@ -10,19 +10,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
 from urllib.parse import urlencode
 from urllib.request import ProxyHandler, build_opener
 
 import pytest
 from gristmill.ops.monitor import exporter as module
-from gristmill.ops.monitor.exporter import CONNECTIONS, Exporter, ExporterError, port_holder
+from gristmill.ops.monitor.exporter import Exporter, ExporterError
 from gristmill.ops.monitor.metrics import Metrics
+from gristmill.ops.monitor.ports import port_holder
 
-T = TypeVar("T")
+from ..servers import kept_ports
+from ..waiting import wait_for
+from .scraped import ask, connect, get
 
 
 @pytest.fixture
@@ -38,31 +39,10 @@ def exporter(metrics: Metrics) -> Iterator[Exporter]:
         yield exporter
 
 
-def connect(exporter: Exporter) -> socket.socket:
-    return socket.create_connection((exporter.address, exporter.port), timeout=30)
-
-
-def ask(exporter: Exporter, request: bytes) -> tuple[str, dict[str, str], bytes]:
-    """(status, headers, body) of a raw request."""
-    with connect(exporter) as client:
-        client.sendall(request)
-        answer = b"".join(iter(lambda: client.recv(65536), b""))
-    head, _, body = answer.partition(b"\r\n\r\n")
-    status, *lines = head.decode().split("\r\n")
-    return status, dict(line.split(": ", 1) for line in lines), body
-
-
-def get(exporter: Exporter, path: str) -> tuple[str, dict[str, str], bytes]:
-    return ask(exporter, f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
-
-
-def eventually(look: Callable[[], T | None], seconds: float = 60.0) -> T:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if (found := look()) is not None:
-            return found
-        time.sleep(0.1)
-    raise AssertionError(f"nothing after {seconds} s")
+@pytest.fixture
+def kept() -> Iterator[int]:
+    with kept_ports(1) as [port]:
+        yield port
 
 
 def test_metrics_and_a_page_for_people_and_nothing_else(exporter: Exporter):
@@ -156,16 +136,13 @@ def test_a_collector_that_raises_is_a_500_and_not_the_end(metrics: Metrics):
             raise RuntimeError("not now")
 
     with Exporter(metrics.registry, 0) as exporter:
-        metrics.registry.register(
-            broken := Broken(),
-        )  # pyright: ignore[reportArgumentType]
-    with Exporter(metrics.registry, exporter.port) as exporter:
+        metrics.registry.register(broken := Broken())  # pyright: ignore[reportArgumentType]
         assert get(exporter, "/metrics")[0] == "HTTP/1.1 500 Internal Server Error"
         metrics.registry.unregister(broken)  # pyright: ignore[reportArgumentType]
         assert b'gristmill_exporter_failures_total{what="metrics"} 1.0\n' in get(exporter, "/metrics")[2]
 
 
-def test_ticks_go_on_in_the_exporters_thread_whatever_they_raise(metrics: Metrics):
+def test_ticks_go_on_in_the_exporters_thread_whatever_they_raise(metrics: Metrics, capfd: pytest.CaptureFixture[str]):
     seen: list[str] = []
 
     def tick() -> None:
@@ -173,13 +150,28 @@ def test_ticks_go_on_in_the_exporters_thread_whatever_they_raise(metrics: Metric
         raise RuntimeError("every time")
 
     with Exporter(metrics.registry, 0, ticks=[(0.01, tick)]) as exporter:
-        eventually(lambda: True if len(seen) > 3 else None)
+        wait_for(lambda: len(seen) > 3, 60)
         assert get(exporter, "/metrics")[0] == "HTTP/1.1 200 OK"
         assert exporter.failures["tick"] > 2
     assert set(seen) == {"gristmill-exporter"}
     after = len(seen)
     time.sleep(0.05)
     assert len(seen) == after
+    assert capfd.readouterr().err == "warning: metrics: RuntimeError: every time\n"
+
+
+def test_what_is_wrong_with_a_tick_is_said_whenever_it_changes(metrics: Metrics, capfd: pytest.CaptureFixture[str]):
+    troubles = ["a", "a", "b", "", "b", "b", ""]
+    left = list(troubles)
+
+    def tick() -> None:
+        if left and (trouble := left.pop(0)):
+            raise OSError(trouble)
+
+    with Exporter(metrics.registry, 0, ticks=[(0.001, tick)]) as exporter:
+        wait_for(lambda: not left, 60)
+        assert exporter.failures["tick"] == sum(map(bool, troubles))
+    assert capfd.readouterr().err.splitlines() == [f"warning: metrics: OSError: {what}" for what in "abb"]
 
 
 def test_another_socket_is_served_too_and_closed_with_it(metrics: Metrics):
@@ -215,7 +207,7 @@ def test_a_request_without_end_is_cut_off(exporter: Exporter):
 def test_values_are_fresh(metrics: Metrics, exporter: Exporter):
     get(exporter, "/metrics")
     metrics.observe_step({"loss": 1.25})
-    eventually(lambda: True if b"gristmill_mixture_loss 1.25\n" in get(exporter, "/metrics")[2] else None)
+    wait_for(lambda: b"gristmill_mixture_loss 1.25\n" in get(exporter, "/metrics")[2], 60)
 
 
 def test_it_listens_on_loopback_only(exporter: Exporter):
@@ -271,75 +263,6 @@ def test_other_addresses_and_ports_are_refused_with_a_reason(metrics: Metrics):
             Exporter(metrics.registry, port)
 
 
-def test_close_frees_the_port_and_ends_the_thread_whatever_clients_do(metrics: Metrics):
-    exporter = Exporter(metrics.registry, 0)
-    clients = [connect(exporter) for _ in range(20)]
-    for client in clients[:10]:
-        client.sendall(b"GET /metr")
-    eventually(lambda: True if len(exporter._open) == 20 else None)
-    exporter.close()
-    exporter.close()
-    assert not exporter._thread.is_alive()
-    with Exporter(metrics.registry, exporter.port) as again:
-        assert get(again, "/metrics")[0] == "HTTP/1.1 200 OK"
-    for client in clients:
-        client.close()
-
-
-def test_hanging_clients_cannot_lock_others_out(exporter: Exporter):
-    hanging = [connect(exporter) for _ in range(CONNECTIONS * 3)]
-    for client in hanging:
-        client.sendall(b"GET /metrics HTTP/1.1\r\nX: ")
-    assert get(exporter, "/metrics")[0] == "HTTP/1.1 200 OK"
-    assert len(exporter._open) <= CONNECTIONS
-    assert threading.active_count() < 10
-    for client in hanging:
-        client.close()
-
-
-def test_a_hanging_client_is_dropped_at_the_deadline(metrics: Metrics, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "DEADLINE", 0.2)
-    with Exporter(metrics.registry, 0) as exporter, connect(exporter) as silent, connect(exporter) as dripping:
-        dripping.sendall(b"GET /metrics")
-        for client in (silent, dripping):
-            with suppress(ConnectionResetError):
-                assert client.recv(100) == b""
-        eventually(lambda: True if not exporter._open else None)
-
-
-def test_a_client_that_does_not_take_its_answer_is_dropped(metrics: Metrics, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "DEADLINE", 0.2)
-    monkeypatch.setattr(module, "generate_latest", lambda registry: b"x" * (64 << 20))
-    with Exporter(metrics.registry, 0) as exporter, connect(exporter) as client:
-        client.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
-        eventually(lambda: True if exporter._page else None)
-        eventually(lambda: True if not exporter._open else None)
-
-
-def test_a_flood_of_scrapes_is_answered_from_few_renderings(metrics: Metrics, monkeypatch: pytest.MonkeyPatch):
-    """A thousand scrapes while steps go on: all answered, steps taken, and only a rendering now and then."""
-    renderings = []
-    render = module.generate_latest
-    monkeypatch.setattr(module, "generate_latest", lambda registry: renderings.append(1) or render(registry))
-    scraped: list[str] = []
-    start = time.monotonic()
-    with Exporter(metrics.registry, 0) as exporter:
-
-        def flood() -> None:
-            scraped.extend(get(exporter, "/metrics")[0] for _ in range(300))
-
-        threads = [threading.Thread(target=flood) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        steps = 0
-        while any(thread.is_alive() for thread in threads):
-            metrics.observe_step({"loss": 1.0, "phases": {"student": 0.1}})
-            steps += 1
-    assert scraped == ["HTTP/1.1 200 OK"] * 1200
-    assert steps > 100
-    assert len(renderings) <= (time.monotonic() - start) / module.FRESH + 2
-
-
 def test_a_process_with_an_exporter_and_a_hanging_client_leaves_at_once(tmp_path: Path):
     """The thread is a daemon: a training process that ends without close() is not held."""
     code = (
@@ -357,7 +280,7 @@ def test_a_process_with_an_exporter_and_a_hanging_client_leaves_at_once(tmp_path
 
 @pytest.mark.system
 @pytest.mark.program("prometheus")
-def test_a_real_prometheus_scrapes_it(exporter: Exporter, metrics: Metrics, tmp_path: Path):
+def test_a_real_prometheus_scrapes_it(exporter: Exporter, metrics: Metrics, tmp_path: Path, kept: int):
     config = {
         "global": {"scrape_interval": "500ms", "scrape_timeout": "500ms"},
         "scrape_configs": [
@@ -365,31 +288,30 @@ def test_a_real_prometheus_scrapes_it(exporter: Exporter, metrics: Metrics, tmp_
         ],
     }
     (tmp_path / "prometheus.yml").write_text(json.dumps(config))  # JSON is YAML
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
     command = ["prometheus", f"--config.file={tmp_path / 'prometheus.yml'}", f"--storage.tsdb.path={tmp_path / 'db'}"]
     log = (tmp_path / "log").open("w")
+    address = f"127.0.0.1:{kept}"
     server = subprocess.Popen([*command, f"--web.listen-address={address}", "--log.level=warn"], stderr=log, stdout=log)
     opener = build_opener(ProxyHandler({}))
 
-    def query(expression: str) -> list[dict] | None:
+    def query(expression: str) -> list[dict]:
         assert server.poll() is None, (tmp_path / "log").read_text()
         try:
             with opener.open(f"http://{address}/api/v1/query?{urlencode({'query': expression})}", timeout=5) as answer:
-                return json.load(answer)["data"]["result"] or None
+                return json.load(answer)["data"]["result"]
         except OSError:
-            return None  # not up yet
+            return []  # not up yet
 
     try:
-        assert eventually(lambda: query("gristmill_mixture_loss"))[0]["value"][1] == "2.5"
-        assert eventually(lambda: query("up"))[0]["value"][1] == "1"
+        assert wait_for(lambda: query("gristmill_mixture_loss"), 60)[0]["value"][1] == "2.5"
+        assert wait_for(lambda: query("up"), 60)[0]["value"][1] == "1"
         metrics.observe_step({"loss": 2.0, "phases": {"data_wait": 0.1, "student": 0.4}})
-        eventually(lambda: query("increase(gristmill_steps_total[30s]) > 0"))
+        wait_for(lambda: query("increase(gristmill_steps_total[30s]) > 0"), 60)
         phase = 'gristmill_step_phase_seconds_total{phase="data_wait"} / on() gristmill_step_seconds_sum'
-        share = eventually(lambda: query(f"{phase} == 0.2") or query(phase))[0]["value"][1]
+        share = wait_for(lambda: query(f"{phase} == 0.2") or query(phase), 60)[0]["value"][1]
         assert float(share) == pytest.approx(0.2)
-        assert int(eventually(lambda: query("scrape_samples_scraped"))[0]["value"][1]) < 300
-        assert eventually(lambda: query("gristmill_run_info"))[0]["metric"]["run"] == "<first>"
+        assert int(wait_for(lambda: query("scrape_samples_scraped"), 60)[0]["value"][1]) < 300
+        assert wait_for(lambda: query("gristmill_run_info"), 60)[0]["metric"]["run"] == "<first>"
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(timeout=30)

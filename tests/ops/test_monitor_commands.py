@@ -9,6 +9,7 @@ import yaml
 from click.testing import CliRunner
 from gristmill.ops.cli import main
 from gristmill.ops.monitor.alerts import ALERTS, render, render_routes
+from gristmill.ops.monitor.panels import dashboards as boards
 from gristmill.ops.monitor.reference import render as reference
 
 
@@ -36,13 +37,11 @@ def test_rules_that_prometheus_takes(tmp_path: Path):
 
 
 def test_dashboards(tmp_path: Path):
-    said("monitor", "dashboards", "--out", tmp_path)
-    files = sorted(tmp_path.iterdir())
-    assert len(files) >= 6
-    shipped = Path(__file__).parents[2] / "ops" / "monitor" / "dashboards"
-    assert {file.name: json.loads(file.read_text())["title"] for file in files} == {
-        file.name: json.loads(file.read_text())["title"] for file in shipped.glob("*.json")
-    }
+    out = said("monitor", "dashboards", "--out", tmp_path)
+    titles = {f"{board.uid}.json": f"Gristmill: {board.title}" for board in boards()}
+    assert len(titles) >= 6
+    assert {file.name: json.loads(file.read_text())["title"] for file in tmp_path.iterdir()} == titles
+    assert out.splitlines() == [f"written: {tmp_path / name}" for name in sorted(titles)]
 
 
 def test_reference():

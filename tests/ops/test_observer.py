@@ -16,6 +16,7 @@ from gristmill.ops import train as training
 from gristmill.ops.launch import join
 from gristmill.ops.monitor import observer
 from gristmill.ops.monitor.catalogue import CATALOGUE
+from gristmill.ops.monitor.goodput import FILE, Ledger, read_ledger
 from gristmill.ops.monitor.labels import SPENT
 from gristmill.ops.monitor.metrics import Metrics
 from gristmill.ops.monitor.row import Row
@@ -28,8 +29,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from ..faulty_http import FaultyServer
 from .test_report_page import BATCH, STEPS, TINY
 
+CLOCK = 0.5  # seconds by which the wall clock may be set while the ledger's runs on
 STOP = 3  # steps after which SIGTERM comes in the first attempt
 GPU = "only a GPU has it: tests/ops/test_device.py"
+ALONE = "between processes: tests/distributed/test_communication.py"
 NOT_FED = {
     "device/peak_flops": GPU,
     "cuda/{cuda}": GPU,
@@ -37,6 +40,8 @@ NOT_FED = {
     "memory/{memory}/bytes": "of the objective `bank`: tests/objectives/test_bank.py",
     "{centred}/hidden_ratio": "of the objective `patch`: tests/ops/test_metrics.py",
     "{centred}/koleo": "an option that multigrain leaves off: tests/ops/test_metrics.py",
+    "communication/calls/{operation}": ALONE,
+    "communication/bytes/{operation}": ALONE,
     "ignored": "nothing is ignored",
 }
 
@@ -59,7 +64,9 @@ class Attempt:
 
     metrics: Noting
     ending: training.Ending
-    seconds: float
+    began: float
+    ended: float
+    ledger: Ledger  # as it was in the run folder then
     states: list[str]
     served: dict[tuple[str, tuple[tuple[str, str], ...]], float] = field(init=False)
 
@@ -93,8 +100,11 @@ def attempt(recipe: Any, folder: Path, *, stop: int | None = None) -> Attempt:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "Metrics", Kept)
         patch.setattr(observer, "PACE", 0.0)  # these steps are few
+        patch.setattr(observer, "SHARE", float("inf"))  # and each is looked at, however long the last look took
         ending = training.train(recipe, folder, quiet=True)
-    return Attempt(kept[0], ending, time.time() - began, states)
+    ledger = read_ledger(folder / FILE)
+    assert ledger is not None
+    return Attempt(kept[0], ending, began, time.time(), ledger, states)
 
 
 @pytest.fixture(scope="module")
@@ -182,10 +192,14 @@ def test_the_second_attempt_goes_on_counting(attempts: tuple[Attempt, Attempt]):
     name = "gristmill_wall_seconds_total"
     spent = {state: [each.served[name, (("state", state),)] for each in attempts] for state in SPENT}
     assert all(before <= after for before, after in spent.values()), spent
-    for part, whole in zip(
-        zip(*spent.values(), strict=True), (first.seconds, first.seconds + second.seconds), strict=True
-    ):
-        assert 0.5 * whole < sum(part) <= whole + 1.0  # the rest: leaving the group, and between the two
+    for number, each in enumerate(attempts):
+        ledger, last = each.ledger, each.value("gristmill_last_step_timestamp_seconds")
+        assert {state: told[number] for state, told in spent.items()} == pytest.approx(ledger.spent)
+        assert sum(ledger.spent.values()) == pytest.approx(ledger.until - ledger.began)
+        # Of the run's whole time, from its first attempt's beginning to this one's end.
+        assert first.began - CLOCK <= ledger.began == first.ledger.began
+        assert last is not None
+        assert each.began - CLOCK < last < ledger.until + CLOCK < each.ended + 2 * CLOCK
     assert spent["checkpoint"][0] > 0 < spent["probe"][0]
     assert spent["lost"] == [0.0, 0.0]
     assert second.value("gristmill_cache_limit_bytes") == 10_000_000

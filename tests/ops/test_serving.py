@@ -24,6 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ..command import Command
+from ..servers import kept_ports
 from ..workers import Workers
 
 SMALL = [
@@ -62,8 +63,16 @@ def served(
 
 
 @pytest.fixture
-def taken() -> Iterator[socket.socket]:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
+def kept() -> Iterator[int]:
+    """A port that is free."""
+    with kept_ports(1) as [port]:
+        yield port
+
+
+@pytest.fixture
+def taken(kept: int) -> Iterator[socket.socket]:
+    """A port at which somebody listens; once that one has left, nobody else is given it."""
+    with socket.create_server(("127.0.0.1", kept)) as taken:
         yield taken
 
 
@@ -71,11 +80,9 @@ def loss_at(url: str) -> bool:
     return b"gristmill_mixture_loss 2.5\n" in client.get(url, timeout=30)
 
 
-def test_a_free_port_is_taken_as_asked_and_told(metrics: Metrics, tmp_path: Path, taken: socket.socket):
-    port = taken.getsockname()[1]
-    taken.close()
-    with served(metrics, tmp_path, port=port) as (made, told):
-        assert made.url == f"http://127.0.0.1:{port}/metrics"
+def test_a_free_port_is_taken_as_asked_and_told(metrics: Metrics, tmp_path: Path, kept: int):
+    with served(metrics, tmp_path, port=kept) as (made, told):
+        assert made.url == f"http://127.0.0.1:{kept}/metrics"
         assert told == f"metrics: {made.url}"
         assert (tmp_path / "metrics.url").read_text() == f"{made.url}\n"
         assert loss_at(made.url)
@@ -123,15 +130,11 @@ def test_the_usual_port_is_replaced_without_alarm(metrics: Metrics, tmp_path: Pa
 
 
 def test_each_rank_of_a_node_has_its_own_port(
-    metrics: Metrics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    metrics: Metrics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], kept: int
 ):
-    free = [socket.create_server(("127.0.0.1", 0)) for _ in range(40)]
-    numbers = sorted(one.getsockname()[1] for one in free)
-    for one in free:
-        one.close()
     monkeypatch.setenv("LOCAL_RANK", "3")
-    with served(metrics, tmp_path, rank=11, world=16, port=numbers[0]) as (made, told):
-        assert made.exporter.port == numbers[0] + 3 or "is taken" in told
+    with served(metrics, tmp_path, rank=11, world=16, port=kept - 3) as (made, _):
+        assert made.exporter.port == kept
         assert not (tmp_path / "metrics.url").exists()  # rank 0's
         [file] = (tmp_path / "targets").iterdir()
         assert json.loads(file.read_text())[0]["labels"]["__local_rank__"] == "3"
@@ -199,6 +202,26 @@ def test_a_failed_run_leaves_its_target_and_its_next_attempt_replaces_it(metrics
     assert not (run / "targets").exists()
 
 
+def test_a_next_attempt_that_is_not_served_takes_the_targets_of_the_one_before_away(metrics: Metrics, tmp_path: Path):
+    run, shared = tmp_path / "run", tmp_path / "shared"
+    config = MetricsConfig(port=0, targets=shared)
+    how: dict[str, Any] = {"world": 2, "notes": print}
+    killed = [serve(config, metrics.registry, rank=rank, folder=run, **how) for rank in range(2)]
+    other = serve(config, metrics.registry, rank=0, folder=tmp_path / "other" / "run", **how)
+    assert other is not None
+    for each in killed:
+        assert each is not None
+        each.exporter.close()  # and nothing of what a clean end would do
+    assert len(list(shared.iterdir())) == 3
+    off = MetricsConfig(port="off", targets=shared)
+    assert serve(off, metrics.registry, rank=1, folder=run, **how) is None
+    assert len(list(shared.iterdir())) == 3  # rank 0's to do, which others may still be waiting for
+    assert serve(off, metrics.registry, rank=0, folder=run, **how) is None
+    assert list(shared.iterdir()) == [other.targets[1].path]
+    assert list(run.iterdir()) == []
+    other.close(clean=True)
+
+
 @given(
     st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=60).filter(
         lambda name: len(name.encode()) < 200 and name not in (".", "..")
@@ -233,10 +256,10 @@ def rough(url: str, over: threading.Event, done: list[int]) -> None:
             break
         with suppress(OSError, HTTPException):
             done.append(len(client.get(url, timeout=30)))
-        if number % 10 == 0:
+        if number % 2 == 0:
             with suppress(OSError):
                 hanging.append(socket.create_connection(("127.0.0.1", port), timeout=30))
-                hanging[-1].sendall(rubbish[number // 10 % 4])
+                hanging[-1].sendall(rubbish[number // 2 % 4])
         if len(hanging) == 100:
             hanging.pop(0).close()
     for one in hanging:
@@ -250,7 +273,7 @@ def trace(run: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_thousands_of_scrapes_and_bad_clients_leave_the_trace_as_it_is(workers: Workers, tmp_path: Path):
+def test_hundreds_of_scrapes_and_bad_clients_leave_the_trace_as_it_is(workers: Workers, tmp_path: Path):
     """Half of its steps are taken before the flood, and half of them in it."""
     data = tiny_data(tmp_path / "data")
 
@@ -278,7 +301,7 @@ def test_thousands_of_scrapes_and_bad_clients_leave_the_trace_as_it_is(workers: 
     for thread in threads:
         thread.start()
     try:
-        while len(done) < 2000:
+        while len(done) < 400:
             time.sleep(0.05)
             assert flooded.poll() is None
         before = len(done)
