@@ -13,7 +13,7 @@ LATE = f"and on ({EACH}) rank:gristmill_reader_lag:ratio > 0"
 IN_STORAGE = f"on ({EACH}) rank:gristmill_reader_storage:ratio > 0.5"
 RANKS = "count by (run) (gristmill_world_size)"
 # What an ingest takes, and what it leaves out because it was asked to; all else is a failure of sources or network.
-FINE = 'outcome!~"kept|fetched|duplicate|near_duplicate|filtered|opted_out"'
+FINE = 'outcome!~"kept|duplicate|near_duplicate|filtered|opted_out"'
 ITEMS = "gristmill_ingest_items_total"
 
 

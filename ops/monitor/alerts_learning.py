@@ -38,7 +38,8 @@ def _over(names: str, objectives: str = "", window: str = "$3600s") -> str:
 
 RECORDS: tuple[Record, ...] = (
     Record(HEALTH, "avg by (run, objective, name) (gristmill_objective_health)"),
-    Record(LOSS, "max by (run, objective) (gristmill_loss > -Inf)"),  # one NaN would silence the hours after it
+    # One NaN would silence the hours after it, one infinity would fire and silence them.
+    Record(LOSS, "max by (run, objective) (gristmill_loss > -Inf < +Inf)"),
 )
 
 ALERTS: tuple[Alert, ...] = (

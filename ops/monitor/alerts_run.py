@@ -6,11 +6,12 @@ reach is a matter for the morning, a rank that is gone is not.
 """
 
 from .alert import EACH, Alert, Record
+from .labels import APART
 
-WORK = 'phase!~"refresh|refit|checkpoint|probe"'  # phases of every step; the others come now and then
+WORK = f'phase!~"{"|".join(APART)}"'
 # Ranks that the run has and nobody hears of: those that count themselves in, against targets that do not answer.
 SILENT = '(run:gristmill_missing:ranks > 0 or count by (run) (up{job="gristmill"} == 0))'
-OWN = "rank:gristmill_own:seconds"
+OWN, MEDIAN = "rank:gristmill_own:seconds", "run:gristmill_own:seconds"
 FREE = 'min by (run, node, place) (gristmill_disk_free_bytes{place!="cache"})'
 SPENT = "sum by (run) (increase(gristmill_wall_seconds_total[$21600s]))"
 SLOWED = ("GristmillThroughputDrop", "GristmillGoodputLow")
@@ -42,6 +43,8 @@ RECORDS: tuple[Record, ...] = (
         f' - sum by ({EACH}) (rate(gristmill_step_phase_seconds_total{{phase="data_wait"}}[$600s])), 0)'
         f" / sum by ({EACH}) (rate(gristmill_steps_total[$600s])) > 0",
     ),
+    # The median over ranks; of an even number the lower of the two in the middle, as that of two is the mean of both.
+    Record(MEDIAN, f"max by (run) ({OWN} <= on (run) group_left () quantile by (run) (0.5, {OWN}))"),
     Record(
         "run:gristmill_goodput:ratio",
         f'sum by (run) (increase(gristmill_wall_seconds_total{{state="productive"}}[$21600s])) / {SPENT}',
@@ -124,8 +127,8 @@ ALERTS: tuple[Alert, ...] = (
     Alert(
         "GristmillStraggler",
         "warn",
-        f"topk by (run) (1, {OWN} / on (run) group_left () quantile by (run) (0.5, {OWN})) > 1.3"
-        f" and on ({EACH}) {OWN} - on (run) group_left () quantile by (run) (0.5, {OWN})"
+        f"topk by (run) (1, {OWN} / on (run) group_left () {MEDIAN}) > 1.3"
+        f" and on ({EACH}) {OWN} - on (run) group_left () {MEDIAN}"
         " > on (run) group_left () 0.1 * run:gristmill_step:seconds",
         "One rank needs much longer for its own part of a step than the others, which wait for it.",
         "A hot or faulty device, other work on that node, or fewer processor cores than elsewhere.",

@@ -34,17 +34,28 @@ def fetch(url: str, tls: Tls = OPEN) -> Reading:
     try:
         page = get(url, tls.ca, tls.cert, tls.key)
     except (OSError, ValueError, HTTPException) as error:
-        raise SilentError(
-            f"nothing answers at {printable(url)} ({_reason(error)}): the run has ended, has not begun, or is "
-            "on another machine (metrics are served on loopback unless metrics.address says otherwise)"
-        ) from error
+        raise silence(printable(url), _reason(error)) from error
     try:
         reading = Reading(page.decode())
     except (ValueError, LookupError):  # no exposition format
         reading = None
     if reading is None or "gristmill_run_info" not in reading.values:
-        raise StatusError(f"what answers at {printable(url)} is no Gristmill run; check the port")
+        raise stranger(printable(url))
     return reading
+
+
+def silence(url: str, why: str, more: str = "", cause: str = "") -> SilentError:
+    """What to say where nothing answers, as far as that is known. more: other places that do not either."""
+    cause = cause or (
+        "the run has ended, has not begun, or is on another machine (metrics are served on loopback unless "
+        "metrics.address says otherwise)"
+    )
+    return SilentError(f"nothing answers at {url} ({why}){more}: {cause}")
+
+
+def stranger(url: str) -> StatusError:
+    """What to say where something else answers."""
+    return StatusError(f"what answers at {url} is no Gristmill run; check the port")
 
 
 def look(places: Iterable[Place], tls: Tls = OPEN) -> list[tuple[Place, Rank]]:

@@ -150,6 +150,7 @@ class Board:
             now,
             lambda query: evaluate(query.term, view, grid, window),
             lambda query: evaluate(query.term, fine, grid[-1:], WINDOW * every / EVERY),
+            "the run" if self.world == 1 else "this rank",
         )
 
     def _from_prometheus(self, server: Prometheus, name: str, span: int, now: float) -> dict[str, Any]:
@@ -175,6 +176,7 @@ class Board:
         now: float,
         ask: Callable[[Query], Series],
         ask_now: Callable[[Query], Series],
+        whose: str = "the run",
     ) -> dict[str, Any]:
         panels = {
             place: [{"legend": query.legend, "series": _series(query, ask(query))} for query in panel.queries]
@@ -183,7 +185,6 @@ class Board:
         above = (
             {key: _series(query, ask_now(query)) for key, query in TOP.items()} if self.scope != ("instance",) else {}
         )
-        whose = "the run" if self.prometheus or self.world == 1 else "this rank"
         return {
             "dashboard": name,
             "at": now,

@@ -9,13 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...pipeline.stats import Stats, bottleneck
-from .flow import REMEDIES, WORDS
+from .flow import HIDDEN, REMEDIES, WORDS
 from .panels import Query
 from .panels_flow import FLOW
 from .panels_run import HEAD
 
 WINDOW = 60.0  # seconds that the rates of the flow are taken over: calm, and still today's
-HIDDEN = 0.02  # share of the step that it may wait for data before anything is to be done about it
 _LED = ("read_seconds", "storage_seconds", "augment_seconds", "starved_seconds", "blocked_seconds")
 _COUNTERS = (*_LED, "hungry_seconds", "encoded_blocked_seconds")
 

@@ -2,38 +2,35 @@
 
 The browser is never told where Prometheus is, and cannot make it answer anything but the panels' own queries over one of
 four spans: no proxy for arbitrary queries, no cross-origin requests. Answers are bounded in time and size; what does not
-come in time is replaced by the exporter's own history, and said.
+come in time is replaced by the exporter's own history, and said. One that is silent is left alone for a while, so that
+not every look costs its patience.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from http.client import HTTPException
 from typing import Any
-from urllib.error import URLError
 from urllib.parse import urlencode, urlsplit
-from urllib.request import HTTPRedirectHandler, ProxyHandler, build_opener
 
 import numpy as np
 
 from ...shards.errors import GristmillError
+from .client import get
 from .history import Labels, Series
 from .panels_terms import RATE_WINDOW, Term, promql
 
 PATIENCE = 3.5  # seconds for all queries of a page
+REST = 30.0  # seconds after a silence for which it is not asked again
 ANSWER_BYTES = 4 << 20
 SCRAPES = "count_over_time(gristmill_step{%s}[5m])"
 
 
 class PrometheusError(GristmillError):
     """The Prometheus that was named cannot be asked, or does not answer."""
-
-
-class _Stay(HTTPRedirectHandler):
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        """Another address was not named by the user."""
 
 
 class Prometheus:
@@ -54,7 +51,8 @@ class Prometheus:
         # Without a label of that name the empty string is what matches, so that a plain scrape of one run works, too.
         self.values = {"run": f"{re.escape(run)}|", "rank": ".*", "instance": ".*"}
         self.scope = scope
-        self._opener = build_opener(ProxyHandler({}), _Stay())
+        self._heard = -math.inf  # when it last answered
+        self._silent: tuple[float, str] | None = None  # (since when, why)
         self._scrapes: tuple[float, float] | None = None  # (when asked, seconds between two)
 
     def rate_window(self, step: float, deadline: float) -> float:
@@ -87,21 +85,25 @@ class Prometheus:
         return series
 
     def _ask(self, what: str, query: dict[str, str], deadline: float) -> list[dict[str, Any]]:
+        """The result of one query. What has said nothing in all the time for a page is taken for dead, for a while."""
+        if self._silent and time.monotonic() - self._silent[0] < REST:
+            raise PrometheusError(self._silent[1])
         left = deadline - time.monotonic()
         if left <= 0:
             raise PrometheusError("it takes too long")
         try:
-            with self._opener.open(f"{self.base}/api/v1/{what}?{urlencode(query)}", timeout=left) as answer:
-                body = answer.read(ANSWER_BYTES + 1)
-            if len(body) > ANSWER_BYTES:
-                raise PrometheusError("its answer is too long")
+            body = get(f"{self.base}/api/v1/{what}?{urlencode(query)}", timeout=left, most=ANSWER_BYTES)
+        except (OSError, ValueError, HTTPException) as error:
+            why = str(error)[:100]
+            if self._heard < deadline - PATIENCE:
+                self._silent = time.monotonic(), why
+            raise PrometheusError(why) from error
+        self._heard, self._silent = time.monotonic(), None
+        try:
             found = json.loads(body)["data"]["result"]
             if not isinstance(found, list):
                 raise TypeError
             return found
-        except (OSError, HTTPException) as error:
-            reason = error.reason if isinstance(error, URLError) else error
-            raise PrometheusError(str(reason)[:100]) from error
         except (ValueError, KeyError, TypeError) as error:
             raise PrometheusError("what it answers is not of Prometheus") from error
 

@@ -82,7 +82,7 @@ def _features(scene: Scene, spread: float, rank: float, warm: float) -> list[str
 
 def _stale(scene: Scene, times: float, more: float) -> list[str]:
     told = []
-    for name, memory in scene.run["memories"].items():
+    for name, memory in scene.memories.items():
         age, expected = memory.get("age"), memory.get("expected_age")
         if age is not None and expected is not None and age > times * expected + more:
             told.append(f"{name}: {number(age)} steps old, {number(expected)} expected")
@@ -92,18 +92,16 @@ def _stale(scene: Scene, times: float, more: float) -> list[str]:
 def _not_unit(scene: Scene, limit: float) -> list[str]:
     return [
         f"{name}: mean length {number(memory['norm'])}"
-        for name, memory in scene.run["memories"].items()
-        if re.fullmatch(UNIT, name)
-        and memory.get("fill", 0.0) > 0
-        and "norm" in memory
-        and abs(memory["norm"] - 1) > limit
+        for name, memory in scene.memories.items()
+        if re.fullmatch(UNIT, name) and "norm" in memory and abs(memory["norm"] - 1) > limit
     ]
 
 
 def _not_finite(scene: Scene) -> list[str]:
-    memories = scene.run["memories"].items()
     return [
-        f"{name}: {number(memory['nonfinite'])} rows" for name, memory in memories if memory.get("nonfinite", 0) > 0
+        f"{name}: {number(memory['nonfinite'])} rows"
+        for name, memory in scene.memories.items()
+        if memory.get("nonfinite", 0) > 0
     ]
 
 

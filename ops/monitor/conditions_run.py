@@ -1,8 +1,8 @@
 """Conditions on a run as a whole, in the order of alerts_run.py: ranks, progress, stragglers, checkpoints, disks."""
 
-from statistics import median
+from statistics import median_low
 
-from .flow import computing_seconds
+from .flow import EXCESS, SLOW, computing_seconds, step_seconds
 from .glyphs import duration, number, percent, size
 from .scene import Condition, Scene
 
@@ -44,10 +44,10 @@ def _no_progress(scene: Scene, limit: float) -> list[str]:
 
 def _straggler(scene: Scene, ratio: float, excess: float) -> list[str]:
     spent = {rank.name: seconds for rank in scene.answering if (seconds := computing_seconds(rank)) is not None}
-    step = scene.run["progress"]["step_seconds"]
+    step = max((step_seconds(rank) or 0.0 for rank in scene.answering), default=0.0)
     if len(spent) < 2 or not step:
         return []
-    middle, slowest = median(spent.values()), max(spent, key=lambda name: spent[name])
+    middle, slowest = median_low(spent.values()), max(spent, key=lambda name: spent[name])
     if not middle or spent[slowest] / middle <= ratio or spent[slowest] - middle <= excess * step:
         return []
     return [f"rank {slowest} computes {spent[slowest] / middle:.2f} × as long as the median"]
@@ -71,8 +71,9 @@ def _checkpoint_failed(scene: Scene, window: float) -> list[str]:
     return [f"{number(failed)} failed"] if failed > 0 else []
 
 
-def _disk_full(scene: Scene, checkpoints: float, share: float) -> list[str]:
-    told, wanted = [], (scene.run["checkpoint"]["bytes"] or 0.0) * checkpoints
+def _disk_full(scene: Scene, checkpoints: float, share: float, failed: float, window: float) -> list[str]:
+    times = failed if _checkpoint_failed(scene, window) else checkpoints
+    told, wanted = [], (scene.run["checkpoint"]["bytes"] or 0.0) * times
     for place, disk in scene.run["disks"].items():
         free, whole = disk["free_bytes"], disk["size_bytes"]
         full = place != "cache" and whole is not None and free < share * whole
@@ -92,9 +93,9 @@ CONDITIONS = {
     "GristmillRanksMissing": Condition(_ranks_missing, (300,)),
     "GristmillExporterDown": Condition(_exporter_down, (300,)),
     "GristmillNoProgress": Condition(_no_progress, (900,)),
-    "GristmillStraggler": Condition(_straggler, (1.3, 0.1)),
+    "GristmillStraggler": Condition(_straggler, (SLOW, EXCESS)),
     "GristmillCheckpointOverdue": Condition(_checkpoint_overdue, (2.5, 1800)),
     "GristmillCheckpointFailed": Condition(_checkpoint_failed, (3600,)),
-    "GristmillDiskFull": Condition(_disk_full, (1.5, 0.01)),
+    "GristmillDiskFull": Condition(_disk_full, (1.5, 0.01, 5, 3600)),
     "GristmillTooManySeries": Condition(_too_many_series, (450,)),
 }

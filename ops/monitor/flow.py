@@ -6,13 +6,17 @@ exporter tells.
 """
 
 from collections.abc import Mapping, Sequence
-from statistics import median
+from statistics import median_low
 from typing import Any
 
 from ...pipeline.stats import Stats, bottleneck
+from .labels import APART
 from .reading import Rank
 
-SLOW = 1.3  # times the median from which a rank is called a straggler
+# A rank is called a straggler from so many times the median, and if it costs the others so much of a step. Of an even
+# number of ranks the median is the lower of the two in the middle: of two ranks their mean would hide the slower one.
+SLOW, EXCESS = 1.3, 0.1
+HIDDEN = 0.02  # share of a step that it may wait for data before anything is to be done: prefetch hides the rest
 
 WORDS = {
     "consumer": "the step itself: batches lie ready for it",
@@ -29,9 +33,20 @@ REMEDIES = {
 
 
 def data_wait(rank: Rank) -> float | None:
-    """Share of the steps' time that was spent waiting for data."""
-    seconds = rank.grown("gristmill_step_seconds_sum")
+    """Share of the steps' time that was spent waiting for data; what comes now and then between them is left out."""
+    seconds = _working(rank)
     return rank.grown("gristmill_step_phase_seconds_total", phase="data_wait") / seconds if seconds else None
+
+
+def step_seconds(rank: Rank) -> float | None:
+    """Seconds of a step without what comes now and then: checkpoints, probes, passes over the data."""
+    steps = rank.grown("gristmill_steps_total")
+    return _working(rank) / steps if steps else None
+
+
+def _working(rank: Rank) -> float:
+    spent = rank.grown_by("gristmill_step_phase_seconds_total", "phase")
+    return sum(seconds for phase, seconds in spent.items() if phase not in APART)
 
 
 def limits(rank: Rank) -> str:
@@ -97,12 +112,15 @@ def describe(ranks: Sequence[Rank]) -> dict[str, Any]:
     words = WORDS[stage]
     if stage not in ("none", "consumer") and wait is not None:
         words += f"; the step waits {wait:.0%} of its time"
-    remedy = REMEDIES.get(stage) if (wait or 0.0) > 0.02 else None  # prefetch hides the rest
+    remedy = REMEDIES.get(stage) if (wait or 0.0) > HIDDEN else None
     return {"stage": stage, "rank": worst.name, "words": words, "remedy": remedy, "data_wait_ratio": wait}
 
 
 def own_seconds(rank: Rank) -> float | None:
-    """Seconds of a step before it can wait for other ranks."""
+    """Seconds of data wait and forward in a step.
+
+    Nobody waits for other ranks there, but under ZeRO 3 and where an objective gathers rows for its loss.
+    """
     if rank.now and rank.now.one("gristmill_rank_own_seconds_total") is not None:
         return rank.per_step("gristmill_rank_own_seconds_total")
     parts = [_phase(rank, phase) for phase in ("data_wait", "forward")]
@@ -122,13 +140,14 @@ def _phase(rank: Rank, phase: str) -> float | None:
 def straggler(ranks: Sequence[Rank]) -> dict[str, Any] | None:
     """The slowest rank against the median of all, and what it spends the time on; None for fewer than two ranks."""
     own = {rank.name: seconds for rank in ranks if (seconds := own_seconds(rank)) is not None}
-    middle = median(own.values()) if len(own) > 1 else 0.0
+    middle = median_low(own.values()) if len(own) > 1 else 0.0
     if not middle:
         return None
     slowest = max(own, key=lambda name: own[name])
     excess = {phase: _excess(ranks, slowest, phase) for phase in ("forward", "data_wait")}
     cause = max(excess, key=lambda phase: excess[phase])
     of = next(rank for rank in ranks if rank.name == slowest)
+    step = max(step_seconds(rank) or 0.0 for rank in ranks)
     return {
         "rank": slowest,
         "node": of.labels.get("node"),
@@ -136,11 +155,11 @@ def straggler(ranks: Sequence[Rank]) -> dict[str, Any] | None:
         "own_seconds": own[slowest],
         "median_seconds": middle,
         "because": {"data_wait": "its data", "forward": "its computing"}[cause],
-        "slow": own[slowest] / middle > SLOW,
+        "slow": own[slowest] / middle > SLOW and own[slowest] - middle > EXCESS * step,
     }
 
 
 def _excess(ranks: Sequence[Rank], name: str, phase: str) -> float:
     """What a rank spends on a phase of a step above the median of all."""
     spent: Mapping[str, float] = {rank.name: _phase(rank, phase) or 0.0 for rank in ranks if rank.now}
-    return spent[name] - median(spent.values())
+    return spent[name] - median_low(spent.values())

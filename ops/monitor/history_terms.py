@@ -15,8 +15,8 @@ import numpy as np
 from .history import Labels, Series, View
 from .panels_terms import Age, Agg, Both, Only, Quantile, Rate, Scaled, Take, Term, Top
 
-_SIGNS: dict[str, Callable] = {"/": np.divide, "*": np.multiply, "-": np.subtract, "+": np.add}
-_ORDERS: dict[str, Callable] = {"==": operator.eq, ">": operator.gt, "<": operator.lt}
+_SIGNS: dict[str, Callable] = {"/": np.divide, "-": np.subtract, "+": np.add}
+_ORDERS: dict[str, Callable] = {"==": operator.eq, ">": operator.gt}
 
 
 def evaluate(term: Term, view: View, grid: np.ndarray, window: float) -> Series:
@@ -32,8 +32,8 @@ def evaluate(term: Term, view: View, grid: np.ndarray, window: float) -> Series:
             return _top(count, evaluate(of, view, grid, window))
         case Age(of):
             return {labels: grid - values for labels, values in evaluate(of, view, grid, window).items()}
-        case Quantile(share, metric, by):
-            counts = _fold("sum", view.rate(f"{metric}_bucket", (), grid, window), ("le", *by))
+        case Quantile(share, metric):
+            counts = _fold("sum", view.rate(f"{metric}_bucket", (), grid, window), ("le",))
             return _quantile(share, counts)
         case Both(left, sign, right, spread):
             ours, theirs = evaluate(left, view, grid, window), evaluate(right, view, grid, window)

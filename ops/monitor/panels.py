@@ -15,9 +15,7 @@ from typing import Literal
 from .panels_terms import Term, samples_of
 
 Kind = Literal["timeseries", "stacked", "stat", "bar", "table", "state"]
-Unit = Literal[
-    "", "seconds", "bytes", "bytes/s", "ratio", "images/s", "images", "steps", "flops/s", "steps/s", "inputs/s"
-]
+Unit = Literal["", "seconds", "bytes", "bytes/s", "ratio", "images/s", "images", "steps", "flops/s", "inputs/s"]
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ READY = (("buffer", "ready"),)
 ENCODED = (("buffer", "encoded"),)
 
 
-def rate(metric: str, where: tuple[tuple[str, str], ...] = (), *, ranked: bool = True) -> Rate:
-    return Rate(Take(metric, where, ranked))
+def rate(metric: str, where: tuple[tuple[str, str], ...] = ()) -> Rate:
+    return Rate(Take(metric, where))
 
 
 def total(metric: str, where: tuple[tuple[str, str], ...] = (), *, by: tuple[str, ...] = ()) -> Agg:

@@ -5,10 +5,12 @@ They feed the loader's own rule for the bottleneck (pipeline/stats.py), averaged
 
 from __future__ import annotations
 
+from .labels import APART, PHASES
 from .panels_data import CACHE_HITS, ENCODED, READY, fill, mean, rate, total
 from .panels_terms import Agg, Both, Quantile, Take, Term
 
 WAIT = (("phase", "data_wait"),)
+STEP = (("phase", "|".join(phase for phase in PHASES if phase not in APART)),)
 
 
 def by_rank(metric: str, where: tuple[tuple[str, str], ...] = ()) -> Agg:
@@ -31,7 +33,12 @@ FLOW: dict[str, Term] = {
     "encoded_depth": Agg("sum", Take("gristmill_buffer_depth_batches", ENCODED)),
     "encoded_capacity": Agg("sum", Take("gristmill_buffer_capacity_batches", ENCODED)),
     "data_wait": Agg(
-        "max", Both(by_rank("gristmill_step_phase_seconds_total", WAIT), "/", by_rank("gristmill_step_seconds_sum"))
+        "max",
+        Both(
+            by_rank("gristmill_step_phase_seconds_total", WAIT),
+            "/",
+            by_rank("gristmill_step_phase_seconds_total", STEP),
+        ),
     ),
     "step_seconds": Quantile(0.5, "gristmill_step_seconds"),
     "bytes": total("gristmill_read_bytes_total"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from .panels import Dashboard, Panel, PanelRow, Query, Unit
-from .panels_data import rate
+from .panels_data import STEPS, rate
 from .panels_learning import PROBES
 from .panels_terms import Age, Agg, Both, Only, Quantile, Rate, Take, Term, Top
 
@@ -154,7 +154,7 @@ RANKS = Dashboard(
         PanelRow(
             "Time by rank",
             (
-                Panel("Own time a step", "Time of a step before a rank can wait for others: the straggler has the most.", (
+                Panel("Own time a step", "Time of a step before a rank waits for others (under ZeRO 3 it waits in there, too): the straggler has the most.", (
                     Query(Top(10, OWN), "rank {{rank}}"),
                 ), "seconds", low=0),
                 Panel("Waits for data", "Share of the step that each rank waits for data.", (
@@ -163,6 +163,17 @@ RANKS = Dashboard(
                 Panel("Waits for other ranks", "Share of the step in the exchange of verdicts: the straggler has the least.", (
                     Query(Top(10, _share("verdict", RANK)), "rank {{rank}}"),
                 ), "ratio", low=0),
+            ),
+        ),
+        PanelRow(
+            "Exchange between ranks",
+            (
+                Panel("Bytes exchanged", "Bytes a second of each kind of collective operation, mean of the ranks; waiting for them is in the step's phases.", (
+                    Query(Agg("avg", rate("gristmill_communication_bytes_total"), ("operation",)), "{{operation}}"),
+                ), "bytes/s", "stacked", span=12, low=0, needs="several ranks"),
+                Panel("Operations a step", "Collective operations of a step: more of them for the same bytes means smaller pieces.", (
+                    Query(Both(Agg("avg", rate("gristmill_communication_calls_total"), ("operation",)), "/", STEPS, spread=True), "{{operation}}"),
+                ), "", "stacked", span=12, low=0, needs="several ranks"),
             ),
         ),
         PanelRow(

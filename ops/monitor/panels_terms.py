@@ -15,8 +15,8 @@ from typing import Literal
 RATE_WINDOW = "$__rate_interval"
 
 Fold = Literal["sum", "avg", "min", "max", "count"]
-Sign = Literal["/", "*", "-", "+"]
-Order = Literal["==", ">", "<"]
+Sign = Literal["/", "-", "+"]
+Order = Literal["==", ">"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,6 @@ class Quantile:
 
     share: float
     metric: str  # without _bucket
-    by: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,8 +116,8 @@ def promql(term: Term, scope: tuple[str, ...] = ("run", "rank")) -> str:
             return f"topk({count}, {_bare(of, scope)})"
         case Age(of):
             return f"(time() - {promql(of, scope)})"
-        case Quantile(share, metric, by):
-            counts = Agg("sum", Rate(Take(f"{metric}_bucket")), ("le", *by))
+        case Quantile(share, metric):
+            counts = Agg("sum", Rate(Take(f"{metric}_bucket")), ("le",))
             return f"histogram_quantile({share:g}, {promql(counts, scope)})"
         case Both(left, sign, right, spread):
             sign_ = f"{sign} on () group_left ()" if spread else sign

@@ -59,7 +59,9 @@ class Reading:
                 has = dict(labels)
                 if "rank" not in has:
                     continue
-                whose, part = parts.setdefault(has["rank"], ({}, Reading(at=self.at)))
+                if has["rank"] not in parts:
+                    parts[has["rank"]] = {}, Reading(at=self.at)
+                whose, part = parts[has["rank"]]
                 whose |= {k: v for k, v in has.items() if k in TARGET_LABELS and not (k == "run" and "_info" in name)}
                 kept = tuple((k, v) for k, v in labels if k not in ("rank", "node", "instance", "job"))
                 part.values.setdefault(name, {})[kept] = value
@@ -103,17 +105,22 @@ class Rank:
         """What a counter grew by between the two answers, or since the process began; 0 where there is none."""
         total = (self.now.one(name, **labels) if self.now else None) or 0.0
         old = (self.before.one(name, **labels) if self.before else None) or 0.0
-        return total - old if total >= old else total  # it fell: the process was started again
+        return _growth(total, old)
 
     def grown_by(self, name: str, label: str) -> dict[str, float]:
         """The same for each member of a label."""
         members = self.now.by(name, label) if self.now else {}
-        return {member: self.grown(name, **{label: member}) for member in members}
+        old = self.before.by(name, label) if self.before else {}
+        return {member: _growth(total, old.get(member, 0.0)) for member, total in members.items()}
 
     def per_step(self, name: str, /, **labels: str) -> float | None:
         """Growth of a counter for each step; None where no step was decided."""
         steps = self.grown("gristmill_steps_total")
         return self.grown(name, **labels) / steps if steps else None
+
+
+def _growth(total: float, old: float) -> float:
+    return total - old if total >= old else total  # it fell: the process was started again
 
 
 def printable(text: str) -> str:

@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from .reading import Rank
+from .summary import memories
 
 
 class Condition(NamedTuple):
@@ -35,6 +37,18 @@ class Scene:
             return None
         return min(known) if self.run["state"] == "training" else 0.0
 
+    @cached_property
+    def memories(self) -> dict[str, dict[str, float]]:
+        """By name, of each number the worst that a rank tells: the greatest, and the length that is furthest from one."""
+        told: dict[str, dict[str, list[float]]] = {}
+        for rank in self.answering:
+            for name, memory in memories(rank.now).items() if rank.now else ():
+                for what, value in memory.items():
+                    there = what != "norm" or memory.get("fill", 0.0) > 0  # rows that are not there have no length
+                    if there and not math.isnan(value):
+                        told.setdefault(name, {}).setdefault(what, []).append(value)
+        return {name: {what: _worst(what, values) for what, values in of.items()} for name, of in told.items()}
+
     def increase(self, rank: Rank, name: str, window: float, **labels: str) -> float:
         """What a counter grew by within `window` seconds, at least."""
         return self.over(rank, window).grown(name, **labels)
@@ -64,3 +78,7 @@ class Scene:
             mean = sum(values) / len(values)
             if math.isfinite(mean):
                 yield objective, name, mean
+
+
+def _worst(what: str, values: list[float]) -> float:
+    return max(values, key=lambda value: abs(value - 1)) if what == "norm" else max(values)

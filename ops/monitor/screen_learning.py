@@ -7,8 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .glyphs import Packed, bar, heading, number, pairs, percent, table
-
-WHO = ("teacher", "student", "pixels", "random", "chance")
+from .labels import WHO
 
 
 def learning(run: dict[str, Any], width: int) -> list[RenderableType]:

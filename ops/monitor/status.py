@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from . import asking
 from .asking import OPEN, STRANGER, Tls
 from .glyphs import plain
 from .live import watch
@@ -75,15 +76,10 @@ def silence(answer: dict[str, Any], targets: Sequence[str]) -> StatusError:
     """What to say where nothing answers."""
     ranks = [rank for run in answer["runs"] for rank in run["ranks"]["list"]]
     if all(rank["why"] == STRANGER for rank in ranks):
-        return StatusError(f"what answers at {ranks[0]['url']} is no Gristmill run; check the port")
+        return asking.stranger(ranks[0]["url"])
     more = f", nor at {len(ranks) - 1} more" if len(ranks) > 1 else ""
     told = [f"its last attempt ended ({why})" for target in targets if (why := ended_because(Path(target)))]
-    if told:
-        return SilentError(f"nothing answers at {ranks[0]['url']} ({ranks[0]['why']}){more}: {told[0]}")
-    return SilentError(
-        f"nothing answers at {ranks[0]['url']} ({ranks[0]['why']}){more}: the run has ended, has not begun, or is on "
-        "another machine (metrics are served on loopback unless metrics.address says otherwise)"
-    )
+    return asking.silence(ranks[0]["url"], ranks[0]["why"], more, told[0] if told else "")
 
 
 def _finite(value: Any) -> Any:

@@ -24,6 +24,7 @@ def summarize(name: str, ranks: Sequence[Rank], notes: Iterable[str] = ()) -> di
     answering = [rank for rank in ranks if rank.now]
     if not any(rank.before and rank.grown("gristmill_steps_total") for rank in answering):
         answering = [rank.whole() for rank in answering]  # nothing happened meanwhile: it says more than 0/0
+    seen = {(rank.url, rank.name): rank for rank in answering}
     lead = next(iter(answering), Rank("", now=Reading()))
     now = lead.now or Reading()
     waits = flow.describe(answering)
@@ -39,7 +40,7 @@ def summarize(name: str, ranks: Sequence[Rank], notes: Iterable[str] = ()) -> di
         "ranks": {
             "expected": max(_count(now.one("gristmill_world_size")), len(ranks)),
             "answering": len(answering),
-            "list": [_rank(rank, answering) for rank in ranks],
+            "list": [_rank(rank, seen.get((rank.url, rank.name), rank)) for rank in ranks],
         },
         "progress": _progress(lead),
         "bottleneck": waits,
@@ -60,7 +61,7 @@ def summarize(name: str, ranks: Sequence[Rank], notes: Iterable[str] = ()) -> di
             "rollbacks": now.one("gristmill_rollbacks_total"),
             "clipped": now.one("gristmill_gradient_clipped_total"),
         },
-        "memories": _memories(now),
+        "memories": memories(now),
         "probes": now.pairs("gristmill_probe_ratio", "probe", "who"),
         "data": _data(answering),
         "disks": _disks(answering),
@@ -76,8 +77,8 @@ def summarize(name: str, ranks: Sequence[Rank], notes: Iterable[str] = ()) -> di
     }
 
 
-def _rank(rank: Rank, answering: Sequence[Rank]) -> dict[str, Any]:
-    of = next((other for other in answering if other.name == rank.name and other.url == rank.url), rank)
+def _rank(rank: Rank, seen: Rank) -> dict[str, Any]:
+    """seen: the same over the time that growths are taken over."""
     return {
         "rank": rank.name,
         "node": rank.labels.get("node"),
@@ -86,9 +87,9 @@ def _rank(rank: Rank, answering: Sequence[Rank]) -> dict[str, Any]:
         "why": rank.why,
         "step": rank.now.one("gristmill_step") if rank.now else None,
         "last_step_age_seconds": rank.now.age("gristmill_last_step_timestamp_seconds") if rank.now else None,
-        "own_seconds": flow.own_seconds(of) if rank.now else None,
-        "data_wait_ratio": flow.data_wait(of) if rank.now else None,
-        "limited_by": flow.limits(of) if rank.now else None,
+        "own_seconds": flow.own_seconds(seen) if rank.now else None,
+        "data_wait_ratio": flow.data_wait(seen) if rank.now else None,
+        "limited_by": flow.limits(seen) if rank.now else None,
     }
 
 
@@ -114,7 +115,8 @@ def _progress(rank: Rank) -> dict[str, Any]:
     }
 
 
-def _memories(now: Reading) -> dict[str, dict[str, float]]:
+def memories(now: Reading) -> dict[str, dict[str, float]]:
+    """What one rank tells of its memories, by name; the keys are those of MEMORY."""
     found: dict[str, dict[str, float]] = {}
     for what, metric in MEMORY.items():
         for memory, value in now.by(f"gristmill_memory_{metric}", "memory").items():

@@ -52,7 +52,13 @@ class View:
         told = [self._run(name, found) for name, found in runs.items()]
         fired = self._alerts()
         states = [run["verdict"] for run in told]
-        states += [one["severity"] for one in fired or [] if one["state"] == "firing"]
+        known = all("run" in rank.labels for found in runs.values() for _, rank in found)  # what Prometheus calls them
+        names = {run["run"] for run in told}
+        states += [
+            one["severity"]
+            for one in fired or []
+            if one["state"] == "firing" and (not known or one["labels"].get("run") in {None, *names})
+        ]
         return {
             "schema": SCHEMA,
             "state": max((state for state in states if state in ORDER), key=ORDER.index, default="ok"),

@@ -47,6 +47,10 @@ def free(place: str) -> str:
     return f'gristmill_disk_free_bytes{{place="{place}"}}'
 
 
+def size(place: str) -> str:
+    return f'gristmill_disk_size_bytes{{place="{place}"}}'
+
+
 def probe(name: str) -> str:
     return f'gristmill_probe_ratio{{who="teacher",probe="{name}"}}'
 
@@ -73,8 +77,7 @@ ERRORS = 'gristmill_interruptions_total{cause="error"}'
 STANDS = bent(STEP, 0, start=-900)
 STARVED = {
     phase("data_wait"): bent(3, 45),
-    phase("forward"): bent(60, 40),
-    "gristmill_rank_own_seconds_total": bent(63, 85),
+    "gristmill_rank_own_seconds_total": bent(63, 105),
 }
 HUNGRY = STARVED | {buffer("starved"): bent(3, 60), buffer("blocked"): bent(120, 3)}
 UNHEARD = gone(SECOND) | {UP: then(0, 1), SCRAPED: then(0, 280)}
@@ -95,7 +98,7 @@ BAD: dict[str, list[dict]] = {
         {"both": {ERRORS: flat(0, ONSET) + flat(1, 8) + flat(2, 8) + flat(3, LEFT - 16)}},
     ],
     "GristmillThroughputDrop": [{"both": {"gristmill_steps_total": bent(STEP, 150)}}],
-    "GristmillStraggler": [{"second": {"gristmill_rank_own_seconds_total": bent(63, 150)}}],
+    "GristmillStraggler": [{"second": {"gristmill_rank_own_seconds_total": bent(63, 90)}}],
     "GristmillGoodputLow": [{"both": {PRODUCTIVE: bent(170, 80), LOST: bent(0, 90)}}],
     "GristmillCheckpointOverdue": [
         {"both": {
@@ -107,6 +110,8 @@ BAD: dict[str, list[dict]] = {
     "GristmillDiskFull": [
         {"both": {free("checkpoints"): then(6e9, 5e12)}},
         {"both": {free("run"): then(4e9, 5e11)}},
+        # Room for four of the size that is known, and one of another size that did not fit.
+        {"both": {free("checkpoints"): then(2e10, 9e11), size("checkpoints"): flat(1e12), FAILED: then(1)}},
     ],
     "GristmillDiskFilling": [{"both": {free("run"): bent(0, -1.5e9, start=2.5e11)}}],
     "GristmillTooManySeries": [{"both": {SCRAPED: then(500, 280)}}],
@@ -122,7 +127,13 @@ BAD: dict[str, list[dict]] = {
     "GristmillDataDamaged": [{"both": {"gristmill_substituted_samples_total": bent(9, 80)}}],
     "GristmillBadSteps": [{"both": {"gristmill_bad_steps_total": bent(0, 2)}}],
     "GristmillRollback": [{"both": {"gristmill_rollbacks_total": then(1)}}],
-    "GristmillLossSpike": [{"both": {'gristmill_loss{objective="instance"}': line(4, -0.004, ONSET) + flat(5, LEFT)}}],
+    "GristmillLossSpike": [
+        {"both": {'gristmill_loss{objective="instance"}': line(4, -0.004, ONSET) + flat(5, LEFT)}},
+        *(  # one step whose loss was no number does not hide what comes after it
+            {"both": {'gristmill_loss{objective="instance"}': (*line(4, -0.004, ONSET - 6), odd, *line(4, -0.004, 5), *flat(5, LEFT))}}
+            for odd in ("NaN", "+Inf")
+        ),
+    ],
     "GristmillCollapseUniform": [
         {"both": {health("group", "teacher_entropy_ratio"): then(0.998, 0.75)}},
         {"both": {health("swapped", "code_entropy_ratio"): then(0.998, 0.85)}},
@@ -167,6 +178,7 @@ BESIDE = {
     ("GristmillRanksMissing", 1): {"GristmillNoProgress"},
     ("GristmillDiskFull", 0): {"GristmillDiskFilling"},
     ("GristmillDiskFull", 1): {"GristmillDiskFilling"},
+    ("GristmillDiskFull", 2): {"GristmillDiskFilling", "GristmillCheckpointFailed"},
 }
 BAD_INGEST: dict[str, list[Series]] = {
     "GristmillIngestRejects": [
@@ -271,7 +283,8 @@ QUIET: dict[str, dict] = {
                      (*line(4, -0.004, ONSET), "NaN", *line(3.6, -0.004, LEFT - 1))}},
     "at the end": {"both": {"gristmill_teacher_momentum": then(0.9999999, 0.99999), "gristmill_teacher_fingerprint": flat(3)}},
     "on more ranks": {"both": {"gristmill_world_size": then(2, 1), "gristmill_steps_total": bent(STEP, 150)},
-                      "second": late(TARGET | SECOND) | {"gristmill_world_size": none(ONSET) + flat(2, LEFT)}},
+                      "second": late(TARGET | SECOND) | {"gristmill_world_size": none(ONSET) + flat(2, LEFT),
+                                 "gristmill_steps_total": none(ONSET) + line(0, 150, LEFT)}},
     "cache grows": {"both": {"gristmill_cache_size_bytes": line(0, 1e9), free("run"): line(3e11, -1e9)}},
     "disk saws": {"both": {free("checkpoints"): (line(2.9e12, -5e9, 9) * COUNT)[:COUNT]}},
     "no memory": {"both": {name: () for name in EVERYWHERE if "memory" in name or "cache" in name}},

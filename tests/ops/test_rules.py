@@ -115,6 +115,12 @@ def test_every_alert_has_a_case_and_every_case_an_alert():
         assert all(other in masks[alert] for other in beside), "what fires beside its cause is masked by it"
 
 
+def test_the_docs_count_the_cases():
+    fired = [bool(alerts) for _, alerts in alert_troubles.cases().values()]
+    told = f"{sum(fired)} runs with one fault each, and {len(fired) - sum(fired)} quiet ones"
+    assert told in (Path(__file__).parents[2] / "docs" / "watch.md").read_text()
+
+
 def test_series_are_written_as_they_are():
     values = (*alert_cases.line(1, 2, 4), "stale", None, None, 5.0, 5.0, "NaN")
     assert written(values) == "1+2x3 stale _x2 5+0x1 NaN"

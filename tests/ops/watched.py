@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
-from urllib.request import ProxyHandler, build_opener
 from zlib import crc32
 
 from gristmill.ops.monitor.exporter import Exporter
@@ -32,6 +29,9 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
+from ..servers import DIRECT, program
+from ..waiting import wait_for
+from ..workers import Worker, Workers
 from .browser import Browser
 
 TINY = (
@@ -49,21 +49,21 @@ PATIENCE = 300.0  # seconds for what takes a few on a machine that is not busy e
 
 
 def ask(url: str, path: str, **query: str) -> Any:
-    with build_opener(ProxyHandler({})).open(f"{url}{path}?{urlencode(query)}", timeout=30) as answer:
+    with DIRECT.open(f"{url}{path}?{urlencode(query)}", timeout=30) as answer:
         body = answer.read()
     return json.loads(body) if path.endswith("json") or "/api/" in path else body.decode()
 
 
 def eventually(look: Callable[[], Any], seconds: float = PATIENCE) -> Any:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    """What it finds once it finds something; who does not answer yet is asked again."""
+
+    def found() -> Any:
         try:
-            if found := look():
-                return found
+            return look()
         except OSError:
-            pass
-        time.sleep(0.2)
-    raise AssertionError(f"nothing after {seconds} s")
+            return None
+
+    return wait_for(found, seconds, "nothing", every=0.2)
 
 
 class Everything(Collector):
@@ -129,52 +129,51 @@ def blocks(everything: Everything, registry: CollectorRegistry, history: History
     text = [line for name, rows in lines.items() for line in (f"# TYPE {name} unknown", *rows)]
     file = folder / "every.om"
     file.write_text("\n".join([*text, "# EOF", ""]))
-    command = ["promtool", "tsdb", "create-blocks-from", "openmetrics", str(file), str(folder / "db")]
+    command = ["promtool", "tsdb", "create-blocks-from", "openmetrics", str(file), str(folder / "prometheus")]
     subprocess.run(command, check=True, capture_output=True)
     return end
 
 
-class Watched:
-    """A Prometheus with all three, and the running run."""
+TRAIN = """
+from pathlib import Path
+from gristmill.ops.recipe import load_recipe
+from gristmill.ops.train import train
+train(load_recipe("multigrain-vits16", overrides, tiny=True), Path(folder), quiet=True)
+"""
 
-    def __init__(self, root: Path):
+
+class Watched:
+    """A Prometheus with all three, and the running run. Nothing of it is left behind `close`, or where it cannot begin."""
+
+    def __init__(self, root: Path, workers: Workers):
+        """workers: what the run is forked from (tests/command.py)."""
         self.root = root
         make_demo_images(root / "images", images=96, instances=2, size=48)
         stats: list[IngestStats] = []
         config = IngestConfig(holdout=0.2)
         ingest([root / "images"], root / "data", config, progress=lambda now: stats.append(now) if not stats else None)
         data = (f"data={root / 'data' / 'train'}", f"probes.query={root / 'data' / 'probe'}")
-        code = (
-            "import json, sys; from pathlib import Path; from gristmill.ops.recipe import load_recipe; "
-            "from gristmill.ops.train import train; "
-            "train(load_recipe('multigrain-vits16', json.loads(sys.argv[2]), tiny=True), Path(sys.argv[1]), quiet=True)"
-        )
-        self.log = (root / "log").open("w+")
-        command = [sys.executable, "-c", code, str(root / "run"), json.dumps([*TINY, *data])]
-        self.training = subprocess.Popen(command, stdout=self.log, stderr=self.log)
-        registry = CollectorRegistry()
-        registry.register(IngestCollector(lambda: stats[0]))
-        self.intake = Exporter(registry, 0)
-        self.everything, self.registry = Everything(), CollectorRegistry()
-        self.registry.register(self.everything)
-        self.history = History(self.registry, wanted_samples(), {"run": "every"})
-        self.end = blocks(self.everything, self.registry, self.history, root)
-        scrapes = {
-            "global": {"scrape_interval": "2s", "scrape_timeout": "2s"},
-            "scrape_configs": [
-                {"job_name": "gristmill", "file_sd_configs": [{"files": [f"{root}/run/targets/*.json"], "refresh_interval": "1s"}]},
-                {"job_name": "gristmill-ingest", "static_configs": [{"targets": [f"127.0.0.1:{self.intake.port}"]}]},
-            ],
-        }  # fmt: skip
-        (root / "prometheus.yml").write_text(json.dumps(scrapes))
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.prometheus = f"http://127.0.0.1:{free.getsockname()[1]}"
-        flags = [f"--config.file={root / 'prometheus.yml'}", f"--storage.tsdb.path={root / 'db'}", "--log.level=warn"]
-        self.server = subprocess.Popen(
-            ["prometheus", *flags, f"--web.listen-address={self.prometheus.removeprefix('http://')}"],
-            stdout=self.log,
-            stderr=self.log,
-        )
+        with ExitStack() as stack:
+            self.training: Worker = workers.start(TRAIN, overrides=[*TINY, *data], folder=str(root / "run"))
+            stack.callback(self.training.kill)
+            registry = CollectorRegistry()
+            registry.register(IngestCollector(lambda: stats[0]))
+            self.intake = Exporter(registry, 0)
+            stack.callback(self.intake.close)
+            self.everything, self.registry = Everything(), CollectorRegistry()
+            self.registry.register(self.everything)
+            self.history = History(self.registry, wanted_samples(), {"run": "every"})
+            self.end = blocks(self.everything, self.registry, self.history, root)
+            scrapes = {
+                "global": {"scrape_interval": "2s", "scrape_timeout": "2s"},
+                "scrape_configs": [
+                    {"job_name": "gristmill", "file_sd_configs": [{"files": [f"{root}/run/targets/*.json"], "refresh_interval": "1s"}]},
+                    {"job_name": "gristmill-ingest", "static_configs": [{"targets": [f"127.0.0.1:{self.intake.port}"]}]},
+                ],
+            }  # fmt: skip
+            (root / "prometheus.yml").write_text(json.dumps(scrapes))
+            self.prometheus = stack.enter_context(program(root, "prometheus", root / "prometheus.yml"))
+            self._stack = stack.pop_all()
 
     def begin(self) -> None:
         """Wait until the run has made what panels show."""
@@ -184,12 +183,11 @@ class Watched:
         eventually(lambda: self.query(f"({want}) and gristmill_checkpoint_last_position_samples > 0"))
 
     def told(self) -> str:
-        assert self.training.poll() is None, (self.root / "log").read_text()
+        assert self.training.poll() is None, self.training.output()
         file = self.root / "run" / "metrics.url"
         return file.read_text().strip() if file.exists() else ""
 
     def query(self, query: str, **more: str) -> list[dict[str, Any]]:
-        assert self.server.poll() is None, (self.root / "log").read_text()
         return ask(self.prometheus, "/api/v1/query", query=query, **more)["data"]["result"]
 
     def values(self, term: Term, scope: tuple[str, ...], run: str, window: str, **more: str) -> dict[Any, float]:
@@ -201,16 +199,7 @@ class Watched:
 
     def close(self) -> None:
         """End what was started."""
-        for process in (self.training, self.server):
-            process.send_signal(signal.SIGTERM)
-        for process in (self.training, self.server):
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        self.intake.close()
-        self.log.close()
+        self._stack.close()
 
 
 class Online(Browser):

@@ -9,7 +9,10 @@ let shown = null, round_ = 0, timer = null, failures = 0;
 function control(place, items, key, kind) {
   for (const [value, text] of items) {
     const button = make("button", { type: "button", "data-value": value, ...(kind === "tab" ? { role: "tab" } : {}) }, text);
-    button.addEventListener("click", () => { chosen[key] = value; if (key === "board") location.hash = value; lay(); refresh(); });
+    button.addEventListener("click", () => {
+      if (key === "board" && location.hash.slice(1) !== value) { location.hash = value; return; } // which lays and asks
+      chosen[key] = value; lay(); refresh();
+    });
     place.append(button);
   }
 }
@@ -100,7 +103,8 @@ async function refresh() {
     at("note").textContent = found.note || "";
     document.body.classList.remove("old");
     head(found);
-    if (found.flow) drawFlow(at("flow"), found.flow); else at("flow").hidden = true;
+    at("flow").hidden = !found.flow;
+    if (found.flow) drawFlow(at("flow"), found.flow);
     draw();
   } catch (error) {
     if (mine !== round_) return;
