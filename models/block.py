@@ -15,6 +15,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
+from .host import on_host
 from .lean import forgetting, normed
 
 
@@ -45,7 +46,7 @@ class ScaledBlock(Block):
     def _add(self, x: Tensor, scale: Tensor | None, branch: Callable[[Tensor], Tensor]) -> Tensor:
         if scale is None:
             return x + branch(x)
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not on_host(x.device.type):
             return x + scale[:, None, None] * branch(x)
         # Elsewhere, asking which samples are dropped would make the host wait, and shapes would change from step to step.
         factors = scale.tolist()

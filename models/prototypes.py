@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .host import on_host
+
 # Logits in one block. On a CPU a block should stay in the last-level cache; a GPU wants few large launches.
 BLOCK_LOGITS = {"cpu": 1 << 19}
 BLOCK_LOGITS_ELSEWHERE = 1 << 25
@@ -21,7 +23,8 @@ SMALLEST = 64  # rows in a block at least
 
 def rows_in_block(count: int, device: str) -> int:
     """How many prototypes (or rows of a queue) `count` crops meet at a time."""
-    return max(SMALLEST, BLOCK_LOGITS.get(device, BLOCK_LOGITS_ELSEWHERE) // max(1, count))
+    size = BLOCK_LOGITS["cpu"] if on_host(device) else BLOCK_LOGITS_ELSEWHERE
+    return max(SMALLEST, size // max(1, count))
 
 
 class _Streamed(torch.autograd.Function):

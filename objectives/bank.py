@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..models.host import on_host
 from ..pipeline.philox import integers
 from .contrast import streamed_logsumexp
 from .memory import check_state
@@ -73,7 +74,7 @@ class BankObjective:
         kept = dtype if config.storage == "full" else torch.bfloat16
         self.bytes = images * dim * kept.itemsize
         try:
-            self.rows = _uniform_rows(images, dim, seed, name).to(kept).to(device)
+            self.rows = _uniform_rows(images, dim, seed, name, device).to(kept).to(device)
         except (MemoryError, RuntimeError) as error:  # torch's is a RuntimeError
             if not isinstance(error, MemoryError) and not _NO_ROOM.search(str(error)):
                 raise
@@ -251,7 +252,7 @@ def noise_contrast(rows: Tensor, bank: Tensor, own: Tensor, noise: Tensor, shift
 
 def _parts(noise: Tensor, dim: int, device: str) -> list[slice]:
     """Images at a time whose noise rows fit into one block."""
-    size = max(1, BLOCK.get(device, BLOCK_ELSEWHERE) // (noise.shape[1] * dim))
+    size = max(1, (BLOCK["cpu"] if on_host(device) else BLOCK_ELSEWHERE) // (noise.shape[1] * dim))
     return [slice(start, start + size) for start in range(0, len(noise), size)]
 
 
@@ -266,8 +267,13 @@ def _turns(index: Tensor) -> list[Tensor]:
     return [(rank == turn).nonzero().squeeze(1) for turn in range(int(rank.max()) + 1 if len(index) else 0)]
 
 
-def _uniform_rows(images: int, dim: int, seed: int, name: str) -> Tensor:
-    """Uniform in +-sqrt(3 / dim), so about 1 long, [images, dim] float32 from Philox, keyed by (seed, name)."""
+def _uniform_rows(images: int, dim: int, seed: int, name: str, device: torch.device | str) -> Tensor:
+    """Uniform in +-sqrt(3 / dim), so about 1 long, [images, dim] float32 from Philox, keyed by (seed, name).
+
+    On the host, for any device; rows of the meta device have no numbers, and none are drawn.
+    """
+    if torch.device(device).type == "meta":
+        return torch.empty(images, dim, device=device)
     key = int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16).digest(), "little")
     draws = np.random.Generator(np.random.Philox(key=key)).random((images, dim), dtype=np.float32)
     return torch.from_numpy(draws).mul_(2).sub_(1).mul_(math.sqrt(3 / dim))

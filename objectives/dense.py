@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from ..models.host import on_host
 from .contrast import streamed_logsumexp
 from .correspondence import Counterparts, Matches, counterparts, match_features, match_geometry
 from .instance import strip
@@ -152,7 +153,7 @@ class DenseObjective:
 def negatives(queries: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-sum-exp and maximum of the logits of queries [n, S2, D] against the queue [K, D], [n, S2] each, streamed."""
     rows = queries.flatten(0, 1)
-    parts = rows.split(QUERIES) if rows.device.type == "cpu" else [rows]
+    parts = rows.split(QUERIES) if on_host(rows.device.type) else [rows]
     found = [streamed_logsumexp(part, queue, temperature) for part in parts]
     lse, top = (torch.cat(each).view(queries.shape[:2]) for each in zip(*found, strict=True))
     return lse, top

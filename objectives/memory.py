@@ -41,7 +41,7 @@ class RingMemory:
         if capacity < 1 or dim < 1:
             raise ValueError(f"{name}: capacity and dim must be positive, got {capacity} and {dim}")
         self.name, self.unit, self.compat = name, unit, compat
-        rows = _random_rows(capacity, dim, seed, name).to(dtype)
+        rows = _random_rows(capacity, dim, seed, name, device).to(dtype)
         self.rows = (F.normalize(rows, dim=1) if unit else rows).to(device)
         self.pointer = 0  # slot that the next row goes to
         self.step = 0  # enqueues so far
@@ -171,8 +171,13 @@ def check_state(name: str, given: dict[str, Tensor], own: dict[str, Tensor]) -> 
             )
 
 
-def _random_rows(capacity: int, dim: int, seed: int, name: str) -> Tensor:
-    """Standard normal rows [capacity, dim] from Philox, keyed by (seed, name) so that no two memories share a stream."""
+def _random_rows(capacity: int, dim: int, seed: int, name: str, device: torch.device | str) -> Tensor:
+    """Standard normal rows [capacity, dim] from Philox, keyed by (seed, name) so that no two memories share a stream.
+
+    On the host, for any device; rows of the meta device have no numbers, and none are drawn.
+    """
+    if torch.device(device).type == "meta":
+        return torch.empty(capacity, dim, device=device)
     key = int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16).digest(), "little")
     draws = np.random.Generator(np.random.Philox(key=key)).standard_normal((capacity, dim), dtype=np.float32)
     return torch.from_numpy(draws)

@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from .commands import FOLDER, example, main
+from .doctor.finding import PORT
 
 
 @main.command(
@@ -30,9 +31,11 @@ from .commands import FOLDER, example, main
 @click.option("--cache", type=FOLDER, help="Folder of stream.cache: the same.")
 @click.option("--peers", metavar="HOST[:PORT],...", help="Other hosts: do they answer?")
 @click.option(
-    "--port", type=click.IntRange(1, 65535), default=9464, show_default=True, help="Where metrics would be served."
+    "--port", type=click.IntRange(1, 65535), default=PORT, show_default=True, help="Where metrics would be served."
 )
-@click.option("--only", multiple=True, metavar="NAME", help="One check only; can be given again.")
+@click.option(
+    "--only", multiple=True, metavar="NAME", help="One check only, by its name in the table; can be given again."
+)
 @click.option(
     "--timeout", type=click.FloatRange(1, 3600), default=120.0, show_default=True, help="Seconds for one check."
 )

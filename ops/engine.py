@@ -9,8 +9,9 @@ never read or written: masters and moments go by (name, range).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from .checkpoint import Part, Saved
 from .deepspeed_config import deepspeed_config
-from .launch import quiet_deepspeed
+from .launch import quiet_deepspeed, seeing
 from .optimizers import clip_scales, lars_scales, make_optimizer, parameter_groups
 from .recipe import Recipe
 from .schedule import cosine
@@ -36,7 +37,6 @@ class Engine:
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, recipe: Recipe, rank: int = 0, world: int = 1):
-        deepspeed = quiet_deepspeed()
         self.recipe, self.rank, self.world = recipe, rank, world
         config = recipe.optimizer
         self.stage = resolve_stage(recipe, student, world)
@@ -54,12 +54,8 @@ class Engine:
             "stage": self.stage, "precision": recipe.precision, "world": world,
             "micro_batch": recipe.batch // world // recipe.engine.accumulate, "accumulate": recipe.engine.accumulate,
         }  # fmt: skip
-        self._engine, *_ = deepspeed.initialize(
-            model=student,
-            optimizer=self.optimizer,
-            config=deepspeed_config(dict(recipe.engine.deepspeed), **settings),
-            dist_init_required=False,
-        )
+        own = deepspeed_config(dict(recipe.engine.deepspeed), **settings)
+        self._engine = _initialize(self._device, model=student, optimizer=self.optimizer, config=own)
         if (
             self.stage == 0 and world == 1
         ):  # else it copies all gradients into one tensor and back, to send them nowhere
@@ -77,7 +73,7 @@ class Engine:
         def scattered(module: nn.Module) -> Any:
             own = deepspeed_config({"zero_optimization": {"stage3_param_persistence_threshold": 0}}, **settings)
             # No optimizer: DeepSpeed only hooks the forward.
-            return deepspeed.initialize(model=module, config=own, dist_init_required=False)[0]
+            return _initialize(self._device, model=module, config=own)
 
         dtype = torch.bfloat16 if bf16 else torch.float32
         self.teacher = EmaTeacher(teacher, self.layout, self.stage, dtype, scattered if self.stage == 3 else None)
@@ -230,7 +226,40 @@ class Engine:
         if hasattr(call, "destroy"):
             call.destroy()
         self._engine.destroy()
+        _give_back()
         del self._engine, self.layout, self.teacher
+
+
+def _initialize(device: torch.device, **given: Any) -> Any:
+    """A DeepSpeed engine on this device, whatever the local rank: it sets devices as it is built and as it runs."""
+    with seeing(device):
+        engine = quiet_deepspeed().initialize(**given, dist_init_required=False)[0]
+    if device.type == "cuda" and os.environ.get("LOCAL_RANK") != str(device.index):
+        for name in ("forward", "backward", "step"):
+            setattr(engine, name, seeing(device)(getattr(engine, name)))
+    return engine
+
+
+def _give_back() -> None:
+    """ZeRO 3 puts a linear of its own in the place of torch's, for the whole process and for good."""
+    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as Patched
+
+    torch.nn.functional.linear = getattr(Patched, "linear_bk", torch.nn.functional.linear)
+
+
+@contextmanager
+def zero_3_linear() -> Iterator[None]:
+    """Inside, linear layers are ZeRO 3's, as on a CPU: for who asks what a step takes, without an engine."""
+    quiet_deepspeed()
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+    from deepspeed.runtime.zero import linear
+
+    here, before = CPU_Accelerator(), (torch.nn.functional.linear, linear.get_accelerator)
+    torch.nn.functional.linear, linear.get_accelerator = linear.zero3_linear_wrap, lambda: here
+    try:
+        yield
+    finally:
+        torch.nn.functional.linear, linear.get_accelerator = before
 
 
 def resolve_stage(recipe: Recipe, student: nn.Module, world: int) -> int:

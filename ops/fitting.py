@@ -89,3 +89,12 @@ def check_objectives(recipe: Recipe) -> None:
             raise ValueError(f"views.{view.name}.size: {view.size} is no multiple of student.patch_size {patch}")
     if recipe.probes.size % patch:
         raise ValueError(f"probes.size: {recipe.probes.size} is no multiple of student.patch_size {patch}")
+
+
+def together(recipe: Recipe) -> dict[str, int]:
+    """Numbers of images that must share a forward, by the field that says so."""
+    found = {"student.virtual_batch": recipe.student.virtual_batch, "student.shuffle": recipe.student.shuffle}
+    for name, config in recipe.objectives.chosen().items():
+        for field in ("virtual_batch", "exclusion_batch"):
+            found[f"objectives.{name}.{field}"] = getattr(config, field, None)
+    return {field: images for field, images in found.items() if images}

@@ -18,15 +18,27 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import PrefixStore, Store, default_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
 from .launch_place import LaunchError, Place, environment
 
-__all__ = ["LaunchError", "Place", "environment", "flushing", "join", "leave", "quiet_deepspeed"]
+__all__ = [
+    "LaunchError",
+    "Place",
+    "card_of",
+    "environment",
+    "flushing",
+    "join",
+    "leave",
+    "meet",
+    "quiet_deepspeed",
+    "seeing",
+]
 
 _groups = itertools.count()  # that this process has been in
 
@@ -82,14 +94,14 @@ def join() -> tuple[int, int, torch.device]:
     place.export(os.environ)
     deepspeed = quiet_deepspeed()
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", _card(place, torch.cuda.device_count())) if cuda else torch.device("cpu")
+    device = torch.device("cuda", card_of(place.local_rank, torch.cuda.device_count())) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "nccl" if cuda else "gloo"
         if place.address:
             try:
-                store, rank, world = _meet()
+                store, rank, world = meet(str(next(_groups)))
                 dist.init_process_group(backend, store=store, rank=rank, world_size=world)
             except (RuntimeError, ValueError) as error:
                 raise LaunchError(
@@ -104,13 +116,32 @@ def join() -> tuple[int, int, torch.device]:
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def _card(place: Place, count: int) -> int:
-    """The GPU of this process: its local rank's, or the only one, where the scheduler shows each process its own."""
-    if 1 < count <= place.local_rank:
+def card_of(local_rank: int, count: int) -> int:
+    """Which of the `count` GPUs that a process sees is its own: its local rank's, or the only one.
+
+    A scheduler may show each process nothing but its own. Raises LaunchError where there are fewer than processes.
+    """
+    if 1 < count <= local_rank:
         raise LaunchError(
-            f"local rank {place.local_rank} has no GPU: {count} are there; start {count} processes on this host at most"
+            f"local rank {local_rank} has no GPU: {count} are there; start {count} processes on this host at most"
         )
-    return place.local_rank if count > 1 else 0
+    return local_rank if count > 1 else 0
+
+
+@contextmanager
+def seeing(device: torch.device) -> Iterator[None]:
+    """Inside, LOCAL_RANK is the number of this process's GPU, for which DeepSpeed takes it; OpenMPI's says the same.
+
+    They differ where a scheduler shows each process its own GPU alone. Outside, LOCAL_RANK is the place on the host,
+    by which metrics find their ports. On a CPU nothing is changed.
+    """
+    names = [name for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK") if name in os.environ]
+    before = {name: os.environ[name] for name in names} if device.type == "cuda" else {}
+    os.environ.update(dict.fromkeys(before, str(device.index)))
+    try:
+        yield
+    finally:
+        os.environ.update(before)
 
 
 def _advice(place: Place) -> str:
@@ -123,16 +154,16 @@ def _advice(place: Place) -> str:
     return "without torchrun, unset WORLD_SIZE"
 
 
-def _meet() -> tuple[Store, int, int]:
-    """The store at which the environment says to meet, less what earlier groups left there; rank, world size.
+def meet(corner: str, timeout: timedelta = default_pg_timeout) -> tuple[Store, int, int]:
+    """This attempt's corner of the store at which the environment says to meet; rank, world size.
 
     Over several nodes agents count restarts apart, so that no corner can be agreed on: there torchrun itself has to make
     a new store for every attempt, by TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
     """
-    store, rank, world = next(rendezvous("env://"))
+    store, rank, world = next(rendezvous("env://", timeout=timeout))
     one_node = os.environ.get("GROUP_WORLD_SIZE") == "1"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
-    return PrefixStore(f"gristmill/{attempt}/{next(_groups)}", store), rank, world
+    return PrefixStore(f"gristmill/{attempt}/{corner}", store), rank, world
 
 
 def leave() -> None:

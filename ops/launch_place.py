@@ -53,13 +53,11 @@ def environment(environ: Mapping[str, str]) -> Place:
     Raises LaunchError, which names the variables, where half of them are set, contradict each other or are no numbers.
     """
     variables = Variables(environ)
-    others = [place for place in (_openmpi(variables), _slurm(variables)) if place]
     if "RANK" in variables and "WORLD_SIZE" in variables:
         place = _named(variables)
         if place.launcher == "environment":
-            _agree(place, others)
-    elif others:
-        place = others[0]
+            _agree(place, [other for other in (_openmpi(variables), _slurm(variables)) if other])
+    elif place := _openmpi(variables) or _slurm(variables):  # what an outer launcher left is nobody's business
         for name, value in (("WORLD_SIZE", place.world), ("RANK", place.rank)):
             if name in variables and variables.number(name) != value:
                 raise LaunchError(
@@ -166,24 +164,31 @@ def _indexed_job(variables: Variables) -> Place | None:
 
     Such pods are called JOB-INDEX; the variables that our manifests set name their number and the service.
     """
-    needed = ("GRISTMILL_NODES", "GRISTMILL_SERVICE")
-    if not any(name in variables for name in needed):
+    ours = [name for name in ("GRISTMILL_NODES", "GRISTMILL_SERVICE") if name in variables]
+    if not ours:
         return None
-    for name in (*needed, "JOB_COMPLETION_INDEX", "HOSTNAME"):
+    needed = ["GRISTMILL_NODES", "JOB_COMPLETION_INDEX"]
+    if "MASTER_ADDR" not in variables:  # which is worked out of these, then
+        needed += ["GRISTMILL_SERVICE", "HOSTNAME"]
+    for name in needed:
         if name not in variables:
             raise LaunchError(
-                f"{name} is not set, but {' or '.join(n for n in needed if n in variables)} is: a Job with completionMode "
-                "Indexed sets JOB_COMPLETION_INDEX, and its manifest both others (ops/deploy/kubernetes)"
+                f"{name} is not set, but {' or '.join(ours)} is: a Job with completionMode Indexed sets "
+                "JOB_COMPLETION_INDEX, and its manifest GRISTMILL_NODES and GRISTMILL_SERVICE (ops/deploy/kubernetes)"
             )
-    rank, host = variables.number("JOB_COMPLETION_INDEX"), variables["HOSTNAME"]
+    rank, world = variables.number("JOB_COMPLETION_INDEX"), variables.number("GRISTMILL_NODES")
+    address = variables.get("MASTER_ADDR") or _first_pod(variables["HOSTNAME"], rank, variables["GRISTMILL_SERVICE"])
+    return Place(rank, world, 0, 1, address if world > 1 else "", variables.number("MASTER_PORT", PORT), "kubernetes")
+
+
+def _first_pod(host: str, rank: int, service: str) -> str:
     name, _, index = host.partition(".")[0].rpartition("-")
     if index != str(rank):
         raise LaunchError(
-            f"HOSTNAME is {host}, which does not end in -{rank} as JOB_COMPLETION_INDEX says: set MASTER_ADDR"
+            f"HOSTNAME is {host}, which does not end in -{rank} as JOB_COMPLETION_INDEX says: set MASTER_ADDR to the "
+            "name or address of the pod with index 0"
         )
-    address = variables.get("MASTER_ADDR", f"{name}-0.{variables['GRISTMILL_SERVICE']}")
-    world = variables.number("GRISTMILL_NODES")
-    return Place(rank, world, 0, 1, address if world > 1 else "", variables.number("MASTER_PORT", PORT), "kubernetes")
+    return f"{name}-0.{service}"
 
 
 def _trainjob(variables: Variables) -> Place | None:

@@ -34,7 +34,12 @@ from .commands import example, main
 @click.option("--network", type=float, help="GB/s of a node, all its adapters together.  [default: by the GPU]")
 @click.option("--images", type=click.IntRange(2), help="Images of the data set.  [default: ImageNet-1k's]")
 @click.option(
-    "--assume", "assumed", multiple=True, metavar="NAME=NUMBER", help="Replace an assumption; see docs/plan.md."
+    "--assume",
+    "assumed",
+    multiple=True,
+    metavar="NAME=NUMBER",
+    help="Replace an assumption: efficiency, bandwidth, launch, "
+    "wire, overlap, reserve, fragments, pixels, bytes, core or readers; see docs/plan.md.",
 )
 @click.option("--tiny", is_flag=True, help="Plan what the recipe's --tiny makes of it.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
@@ -65,7 +70,9 @@ def plan(
 
     resolved = load_recipe(recipe, overrides, tiny=tiny)
     machine = hardware(gpu, gpus, node_gpus, network)
-    found = make(resolved, Setting(machine, Assumptions().replaced(list(assumed)), images or IMAGES))
+    setting = Setting(machine, Assumptions().replaced(list(assumed)), images or IMAGES)
+    with Console(stderr=True).status("following a step without memory"):
+        found = make(resolved, setting)
     if as_json:
         click.echo(json.dumps(found.dump()))
     else:

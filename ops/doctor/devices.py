@@ -46,7 +46,8 @@ def check_devices(asked: Asked) -> list[Finding]:
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if usable else ""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     seen = torch.cuda.device_count() if usable else 0
-    about = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    about = f"torch {torch.__version__}, {threads} thread{'s' * (threads > 1)}"
     return judge(
         cards, driver, serves, built, dali, usable=usable, seen=seen, hidden=hidden, trouble=trouble, about=about, nccl=nccl,
         bus=on_bus(), processes=asked.local_world,
@@ -119,7 +120,8 @@ def _of_cards(
             shown = ".".join(map(str, card.capability))
             remedy = "train on cards of Turing (7.5) or newer: CUDA 13 does not serve older ones"
             return Finding("gpu", "bad", f"{found}; card {number} has compute capability {shown}", why, remedy, figures)
-    if processes > max(seen, 1):
+    own = seen == 1 and hidden is not None  # schedulers show each process one of its own
+    if processes > seen > 0 and not own:
         remedy = f"start {seen} processes on this host (--nproc-per-node)"
         return Finding("gpu", "bad", f"{found}; {processes} processes for {seen} GPUs", why, remedy, figures)
     if any(card.capability < HALF for card in cards):

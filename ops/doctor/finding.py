@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 State = Literal["ok", "warn", "bad", "skipped"]
 BADNESS: dict[State, int] = {"skipped": 0, "ok": 1, "warn": 2, "bad": 3}
-PORT = 9464  # of the metrics, as in monitor/ports.py
+PORT = 9464  # of the metrics, as monitor/ports.py has it: a check starts without what that imports (a test ties them)
 
 
 @dataclass(frozen=True)

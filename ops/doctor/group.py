@@ -77,20 +77,18 @@ def examine_group(
 
 
 def _meet(place: Place, seconds: float) -> Any:
-    """A corner of the launcher's store, for this command alone."""
-    from torch.distributed.distributed_c10d import PrefixStore
-    from torch.distributed.rendezvous import rendezvous
+    """A corner of the launcher's store, for this command alone, where a training would find its own."""
+    from ..launch import meet
 
     place.export(os.environ)
     try:
-        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))
+        return meet("doctor", timedelta(seconds=seconds))[0]
     except (RuntimeError, ValueError, OSError) as error:
         raise LaunchError(
             f"rank {place.rank} of {place.world} ({place.launcher}) meets nobody at {place.address}:{place.port}: {said(error)}. "
             "Look whether all ranks were started, whether rank 0's host has this address, and whether its firewall lets "
             "this port through"
         ) from error
-    return PrefixStore(f"gristmill/doctor/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 class Post:
@@ -201,6 +199,7 @@ def _measure(place: Place, post: Post, seconds: float, found: dict[str, Any]) ->
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import PrefixStore
 
+    from ..launch import card_of
     from .talk import offset, pair_rates, sum_rate
 
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -215,7 +214,7 @@ def _measure(place: Place, post: Post, seconds: float, found: dict[str, Any]) ->
         dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)
         if everywhere.item():
             found["stage"], backend = "forming the group of GPUs", "nccl"
-            device = torch.device("cuda", place.local_rank if cards > 1 else 0)
+            device = torch.device("cuda", card_of(place.local_rank, cards))
             torch.cuda.set_device(device)
             group = dist.new_group(backend="nccl", timeout=patience)
         found["backend"] = backend

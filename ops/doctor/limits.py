@@ -50,7 +50,9 @@ def check_cpus(asked: Asked, proc: Path = Path("/proc"), groups: Path = Path("/s
     have = min(cores, quota or cores)
     load = os.getloadavg()[0]
     found = f"{cores} of {machine} cores" + (f", a quota of {quota:.3g}" if quota else "")
-    found += f", {asked.local_world} process{'es' * (asked.local_world > 1)} with {threads} threads each"
+    found += (
+        f", {asked.local_world} process{'es' * (asked.local_world > 1)} with {threads} thread{'s' * (threads > 1)} each"
+    )
     found += f" (OMP_NUM_THREADS={text})" if text else ""
     figures = {"cores": cores, "quota": quota, "threads": threads, "processes": asked.local_world, "load": load}
     why = "threads without a core of their own wait for each other in every operation"

@@ -9,9 +9,9 @@ import socket
 import threading
 import time
 
+from ..launch_place import PORT
 from .finding import Asked, Finding, said
 
-MEETING = 29500  # torch's own port to meet at
 FARTHEST = 3.0  # seconds that a connection may take
 
 
@@ -119,4 +119,4 @@ def split(peer: str) -> tuple[str, int]:
         host, port = peer, ""
     else:
         host, _, port = peer.partition(":")
-    return host, int(port) if port.isdecimal() else int(os.environ.get("MASTER_PORT", "") or MEETING)
+    return host, int(port) if port.isdecimal() else int(os.environ.get("MASTER_PORT", "") or PORT)

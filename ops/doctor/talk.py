@@ -6,7 +6,6 @@ Rates of sums are "bus" rates, size * 2 * (n - 1) / n / time, which do not depen
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -82,10 +81,6 @@ def offset(rank: int, world: int) -> tuple[float, float]:
             half, ahead = min(answers)
             best = (ahead, half)
     return best
-
-
-def typical(rates: dict[int, float]) -> float | None:
-    return statistics.median(rates.values()) if rates else None
 
 
 def _timed(work: Callable[[], object], device: torch.device) -> float:

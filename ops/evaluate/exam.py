@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...shards.errors import GristmillError
+from ..launch import card_of
 from ..progress import Meter
 from ..recipe import ProbeName
 from .battery import EVALUATORS, options_of
@@ -90,7 +91,7 @@ def examine(request: Request) -> dict[str, Any] | None:
     recipe = _recipe(request) if request.data is None else None
     device = ("cuda" if torch.cuda.is_available() else "cpu") if request.device == "auto" else request.device
     if device == "cuda" and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        device = f"cuda:{card_of(int(os.environ['LOCAL_RANK']), torch.cuda.device_count())}"
     main = open_subject(request.where, who=request.who, size=request.size, seed=request.seed).to(device)
     reference, query, places = _pictures(request, recipe)
     look = Looker(request.cache or _home(request.where), request.processes, request.quiet or rank > 0)

@@ -9,7 +9,8 @@ from typing import Any
 
 from ...models.student import StudentConfig
 from ...shards.errors import GristmillError
-from ..engine import ZERO_3_FROM
+from ..engine import resolve_stage
+from ..fitting import together
 from ..recipe import Recipe
 from .hardware import GIB, Hardware
 from .hollow import IMAGES, Networks, networks
@@ -67,29 +68,19 @@ def _built(text: str, images: int, passes: int) -> tuple[Networks, Weights]:
 def built(recipe: Recipe, images: int = IMAGES) -> tuple[Networks, Weights]:
     """Networks without memory and their weights; of one architecture only once."""
     sizes = {view.size for view in recipe.views if view.role != "teacher"}
-    batch = together(recipe)  # any will do, and one is what makes it the same recipe for all
+    batch = unit_of(recipe)  # any will do, and one is what makes it the same recipe for all
     same = {"engine": type(recipe.engine)(), "name": "", "batch": batch, "images": batch}
     return _built(recipe.model_copy(update=same).model_dump_json(), images, len(sizes))
 
 
-def stage_of(recipe: Recipe, weights: Weights, world: int) -> int:
-    """As ops/engine.resolve_stage decides."""
-    if recipe.engine.zero != "auto":
-        return recipe.engine.zero
-    return 0 if world == 1 else 3 if weights.whole >= ZERO_3_FROM else 1
-
-
-def together(recipe: Recipe) -> int:
+def unit_of(recipe: Recipe) -> int:
     """Images that must share a forward: a micro-batch is a multiple of it."""
-    counts = [recipe.student.virtual_batch, recipe.student.shuffle]
-    for config in recipe.objectives.chosen().values():
-        counts += [getattr(config, field, None) for field in ("virtual_batch", "exclusion_batch")]
-    return math.lcm(*(count for count in counts if count))
+    return math.lcm(*together(recipe).values())
 
 
 def micro_of(recipe: Recipe, world: int) -> int:
     """Images of one micro-batch on one rank. Raises PlanError, with batches that would do, where they do not divide."""
-    parts, unit = world * recipe.engine.accumulate, together(recipe)
+    parts, unit = world * recipe.engine.accumulate, unit_of(recipe)
     micro, rest = divmod(recipe.batch, parts)
     if micro and not rest and not micro % unit:
         return micro
@@ -110,8 +101,8 @@ def judge(recipe: Recipe, setting: Setting, stage: int | None = None) -> Judged:
     world = setting.hardware.gpus
     micro = micro_of(recipe, world)
     nets, counted = built(recipe, setting.images)
-    stage = stage_of(recipe, counted, world) if stage is None else stage
-    trace = traced(recipe, micro, unit=together(recipe), images=setting.images)
+    stage = resolve_stage(recipe, nets.student, world) if stage is None else stage
+    trace = traced(recipe, micro, unit=unit_of(recipe), images=setting.images, cut=stage == 3)
     kept = states(recipe, counted, stage, world)
     how: dict[str, Any] = {"decoded": 3 * setting.assumed.pixels, "dali": recipe.stream.augment != "cpu"}
     found = memory(recipe, kept, trace, nets, world=world, **how)
@@ -120,7 +111,7 @@ def judge(recipe: Recipe, setting: Setting, stage: int | None = None) -> Judged:
 
 def largest_micro(judged: Judged, setting: Setting) -> int:
     """The most images of a micro-batch that fit a rank, accumulating none; 0 where not even the smallest does."""
-    unit, world = together(judged.recipe), setting.hardware.gpus
+    unit, world = unit_of(judged.recipe), setting.hardware.gpus
     engine = judged.recipe.engine.model_copy(update={"accumulate": 1})
 
     def fits(groups: int) -> bool:

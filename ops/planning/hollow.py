@@ -1,25 +1,22 @@
 """A run's networks and objectives without memory: of the sizes that the recipe says, on no device.
 
 They are built by the code that a run builds them with, on torch's meta device, and their tensors then replaced by fake
-ones that a ledger's step can compute with. `on_gpu` lets that step take the ways that the code takes on a GPU, where it
-asks what device it is on: fake tensors are the CPU's, since torch cannot run a backward on a GPU that is not there.
+ones that a ledger's step can compute with. These are the CPU's, since torch cannot run a backward on a GPU that is not
+there; models/host.py lets the step take a GPU's ways all the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
-from ...models import block, prototypes
 from ...models.student import Student
 from ...models.teacher import make_teacher
-from ...objectives import Mixture, bank, dense, memory
+from ...objectives import Mixture
 from ...objectives.memory import RingMemory
 from ..networks import build_mixture
 from ..recipe import Recipe
@@ -43,8 +40,7 @@ def networks(recipe: Recipe, images: int = IMAGES) -> Networks:
     with torch.device("meta"):
         student = Student(recipe.student, seed=recipe.seed)
     teacher = make_teacher(student)
-    with _no_draws():
-        mixture = build_mixture(recipe, student, "meta", images=images)
+    mixture = build_mixture(recipe, student, "meta", images=images)
     for found in _objects(mixture):
         if isinstance(found, RingMemory) and not found.unit:
             found._norms = found.rows.new_empty(found.capacity)  # as the first search makes them
@@ -81,33 +77,6 @@ def fill(networks: Networks, ledger: Ledger, dtype: torch.dtype) -> None:
         return made[id(value)]
 
     _replace(networks.mixture, filled)
-
-
-@contextmanager
-def on_gpu() -> Iterator[None]:
-    """Inside, code that asks whether it runs on a CPU goes on as on a GPU: large blocks, no look at what is dropped."""
-    with (
-        patch.dict(prototypes.BLOCK_LOGITS, clear=True),
-        patch.dict(bank.BLOCK, clear=True),
-        patch.object(dense, "QUERIES", 1 << 30),
-        patch.object(block.ScaledBlock, "_add", _add),
-    ):
-        yield
-
-
-def _add(self: nn.Module, x: Tensor, scale: Tensor | None, branch: Callable[[Tensor], Tensor]) -> Tensor:
-    return x + branch(x) if scale is None else x + scale[:, None, None] * branch(x)
-
-
-@contextmanager
-def _no_draws() -> Iterator[None]:
-    """Inside, memories begin without their random rows, which nobody would look at."""
-
-    def rows(count: int, dim: int, seed: int, name: str) -> Tensor:
-        return torch.empty(count, dim, device="meta")
-
-    with patch.object(memory, "_random_rows", rows), patch.object(bank, "_uniform_rows", rows):
-        yield
 
 
 def _objects(value: Any, seen: set[int] | None = None) -> Iterator[Any]:

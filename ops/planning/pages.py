@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..recipe import load_recipe
-from .fitting import PlanError, Setting, micro_of, together
+from .fitting import PlanError, Setting, micro_of, unit_of
 from .hardware import hardware
 from .report import plan
 from .speed import Assumptions
@@ -38,7 +38,7 @@ def row(name: str, gpus: int, gpu: str = "h100-80") -> str:
     try:
         micro_of(recipe, gpus)
     except PlanError:
-        step = gpus * together(recipe)
+        step = gpus * unit_of(recipe)
         if step > 2 * recipe.batch:
             return f"| `{name}` | {gpus} | {recipe.batch} |" + " – |" * 8
         recipe = load_recipe(name, [f"batch={max(1, round(recipe.batch / step)) * step}"])

@@ -28,11 +28,6 @@ class Weights:
         tuple[tuple[int, int], ...], ...
     ]  # of a forward in order, by module: (number, weights) of each tensor
 
-    @property
-    def whole(self) -> int:
-        """Of the student: what `zero: auto` decides by."""
-        return sum(self.student.values())
-
 
 def part_of(name: str) -> str:
     """The part that a parameter of the student belongs to."""

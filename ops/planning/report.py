@@ -71,13 +71,12 @@ class Plan:
 def plan(recipe: Recipe, setting: Setting, *, brief: bool = False) -> Plan:
     """Plan a recipe. Raises PlanError where its batch cannot be cut over the GPUs.
 
-    brief: without what other settings of `engine.recompute` would give, and without proposals.
+    brief: without what other stages and the other setting of `engine.recompute` would give, and without proposals.
     """
     judged = judge(recipe, setting)
     nets, weights = built(recipe, setting.images)
-    stages = {
-        stage: judge(recipe, setting, stage).memory for stage in STAGES if stage == 0 or setting.hardware.gpus > 1
-    }
+    others = [stage for stage in STAGES if stage == 0 or setting.hardware.gpus > 1] if not brief else []
+    stages = {stage: judge(recipe, setting, stage).memory for stage in others}
     without = {}
     for name, recompute in (("recompute off", False), ("recompute on", True)):
         if brief or (recompute and recipe.student.resnet):

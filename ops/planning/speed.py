@@ -35,7 +35,7 @@ class Assumptions:
     fragments: float = 0.05  # share of the memory that the allocator cannot use
     pixels: float = 500e3  # of an image, on average
     bytes: float = 110e3  # of an image file, on average (ImageNet-1k's)
-    core: float = 120.0  # images of 14 crops that one CPU core decodes and augments a second (docs/views.md: 140)
+    core: float = 120.0  # images of 14 crops that a CPU core decodes and cuts a second (docs/views.md: 96 to 143)
     readers: float = 1500.0  # images that one reader thread fetches a second from a local disk
 
     def replaced(self, given: list[str]) -> Assumptions:

@@ -16,7 +16,7 @@ def gib(size: float) -> str:
     for unit, name in ((GIB, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB")):
         if abs(size) >= unit:
             return f"{size / unit:.1f} {name}"
-    return f"{size:.0f} B"
+    return f"{size:.0f} B" if size else "-"
 
 
 def many(number: float) -> str:
@@ -25,6 +25,11 @@ def many(number: float) -> str:
         if abs(number) >= unit:
             return f"{number / unit:.3g} {name}"
     return f"{number:.3g}"
+
+
+def length(days: float) -> str:
+    """Days, or hours where they are few, as people read them."""
+    return f"{days:.1f} days" if days >= 2 else f"{24 * days:.1f} hours"
 
 
 def show(plan: Plan, console: Console) -> None:
@@ -46,7 +51,8 @@ def verdict(plan: Plan) -> str:
     """Whether it fits, in a sentence or two."""
     found, judged = plan.judged.memory, plan.judged
     if plan.fits:
-        return f"It fits: {gib(found.peak)} of {gib(judged.room)} a rank, {gib(-judged.over)} to spare."
+        told = f"It fits: {gib(found.peak)} of {gib(judged.room)} a rank, {gib(-judged.over)} to spare."
+        return f"{told} {plan.speed.images:,.0f} images a second, {length(plan.days)}."
     size = found.parts[found.largest]
     told = (
         f"It does not fit: {gib(found.peak)} a rank, {gib(judged.over)} more than the {gib(judged.room)} there is; the largest "
@@ -58,7 +64,8 @@ def verdict(plan: Plan) -> str:
 
 
 def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
+    columns = list(columns)
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=any(columns))
     for place, column in enumerate(columns):
         table.add_column(column, justify="right" if place else "left")
     for row in rows:
@@ -69,9 +76,11 @@ def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) ->
 def _head(plan: Plan) -> Table:
     recipe, hardware, judged = plan.recipe, plan.setting.hardware, plan.judged
     network = f", {hardware.gpu.network / 1e9:g} GB/s a node" if hardware.nodes > 1 else ""
+    parts, nodes = recipe.engine.accumulate, hardware.nodes
+    cut = f" in {parts} micro-batches" if parts > 1 else ""
     rows = [
-        ("GPUs", f"{hardware.gpus} x {hardware.gpu.name} in {hardware.nodes} nodes{network}"),
-        ("batch", f"{recipe.batch} = {hardware.gpus} ranks x {recipe.engine.accumulate} x {judged.micro} images"),
+        ("GPUs", f"{hardware.gpus} x {hardware.gpu.name} in {nodes} node{'s' * (nodes > 1)}{network}"),
+        ("batch", f"{recipe.batch} = {hardware.gpus} ranks x {parts * judged.micro} images{cut}"),
         ("largest micro-batch that fits", f"{plan.largest} images"),
         ("precision, recompute", f"{recipe.precision}, {'on' if recipe.engine.recompute else 'off'}"),
         ("ZeRO", f"stage {judged.stage} (engine.zero: {recipe.engine.zero})"),
@@ -115,7 +124,7 @@ def _time(plan: Plan) -> Table:
         ("model FLOPs, share of the peak", f"{told.utilisation:.1%}"),
         *((f"sent: {name}", gib(size)) for name, size in told.sent.items()),
         ("images a second", f"{told.images:,.0f}"),
-        ("the recipe", f"{plan.days:.2f} days, {plan.days * 24 * plan.setting.hardware.gpus:,.0f} GPU-hours"),
+        ("the recipe", f"{length(plan.days)}, {plan.days * 24 * plan.setting.hardware.gpus:,.0f} GPU-hours"),
     ]
     title = (
         f"time, if products reach {assumed.efficiency:.0%} of the peak, other operators {assumed.bandwidth:.0%} of the "

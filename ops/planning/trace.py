@@ -17,10 +17,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ...models.host import off_host
 from ...models.student import Student
+from ..engine import zero_3_linear
 from ..inputs import Inputs, Origin
 from ..recipe import Recipe
-from .hollow import IMAGES, fill, networks, on_gpu
+from .hollow import IMAGES, fill, networks
 from .ledger import Ledger
 
 SHALLOW = (2, 3)  # blocks of what a deep ViT is judged by
@@ -57,10 +59,10 @@ class Trace:
         return Trace(**found, sizes=sizes, flops=flops)
 
 
-def traced(recipe: Recipe, micro: int, *, unit: int = 1, images: int = IMAGES) -> Trace:
+def traced(recipe: Recipe, micro: int, *, unit: int = 1, images: int = IMAGES, cut: bool = False) -> Trace:
     """On a GPU, of a micro-batch of so many images, with the recipe's precision and `engine.recompute`.
 
-    unit: images that must share a forward. images: of the data set.
+    unit: images that must share a forward. images: of the data set. cut: ZeRO 3 cuts the weights.
     """
     low = -(-ANCHORS[0] // unit) * unit
     high = max(2 * low, ANCHORS[1] // unit * unit)
@@ -68,21 +70,19 @@ def traced(recipe: Recipe, micro: int, *, unit: int = 1, images: int = IMAGES) -
     plain["engine"] = type(recipe.engine)(recompute=recipe.engine.recompute)  # what else it says changes no micro-batch
     text = recipe.model_copy(update={**plain, "batch": high, "images": high, "name": ""}).model_dump_json()
     if micro in (low, high):
-        return _traced(text, micro, images)
-    first, second = _traced(text, low, images), _traced(text, high, images)
+        return _traced(text, micro, images, cut)
+    first, second = _traced(text, low, images, cut), _traced(text, high, images, cut)
     return second.beyond(first, (micro - high) / (high - low))
 
 
 @functools.lru_cache(maxsize=256)
-def _traced(text: str, micro: int, images: int) -> Trace:
+def _traced(text: str, micro: int, images: int, cut: bool) -> Trace:
     recipe = Recipe.model_validate_json(text)
     depth = 0 if recipe.student.resnet else _depth(recipe)
     if depth <= SHALLOW[1] + 1:
-        return run(recipe, micro, images=images)
-    first, second = (
-        run(recipe.model_copy(update={"student": recipe.student.model_copy(update={"depth": n})}), micro, images=images)
-        for n in SHALLOW
-    )
+        return run(recipe, micro, images=images, cut=cut)
+    shallow = [recipe.student.model_copy(update={"depth": depth}) for depth in SHALLOW]
+    first, second = (run(recipe.model_copy(update={"student": s}), micro, images=images, cut=cut) for s in shallow)
     return second.beyond(first, depth - SHALLOW[1])
 
 
@@ -93,7 +93,9 @@ def _depth(recipe: Recipe) -> int:
         return len(Student(recipe.student).backbone.blocks)
 
 
-def run(recipe: Recipe, micro: int, device: Literal["cuda", "cpu"] = "cuda", images: int = IMAGES) -> Trace:
+def run(
+    recipe: Recipe, micro: int, device: Literal["cuda", "cpu"] = "cuda", images: int = IMAGES, cut: bool = False
+) -> Trace:
     """Trace one micro-batch with all blocks."""
     ledger, nets = Ledger(), networks(recipe, images)
     student, teacher, mixture = nets.student, nets.teacher, nets.mixture
@@ -106,8 +108,8 @@ def run(recipe: Recipe, micro: int, device: Literal["cuda", "cpu"] = "cuda", ima
     inputs = Inputs(recipe.model_copy(update={"batch": micro}), 0, 1, "cpu")
     views = {v.name: ledger.hollow(micro, v.count, 3, v.size, v.size) for v in recipe.views}
     whole = torch.eye(3)[:2]
-    cut = {v.name: whole.expand(micro, v.count, 2, 3) for v in recipe.views}
-    info = inputs.info(0, 0.5, 0, Origin(torch.arange(micro), cut), images)
+    boxes = {v.name: whole.expand(micro, v.count, 2, 3) for v in recipe.views}
+    info = inputs.info(0, 0.5, 0, Origin(torch.arange(micro), boxes), images)
     info = replace(info, masks=inputs.masks(0, 1.0, 0))
     masked, shuffled = inputs.masked(info), inputs.shuffled(0)
     draws = inputs.draws(0, 0, len(student.backbone.blocks))
@@ -115,7 +117,9 @@ def run(recipe: Recipe, micro: int, device: Literal["cuda", "cpu"] = "cuda", ima
     with warnings.catch_warnings(), ExitStack() as inside:
         warnings.simplefilter("ignore")  # fake tensors have no address to tell
         if device == "cuda":
-            inside.enter_context(on_gpu())
+            inside.enter_context(off_host())
+        if cut:
+            inside.enter_context(zero_3_linear())
         cast = nullcontext if recipe.precision == "fp32" else lambda: torch.autocast("cpu", dtype=torch.bfloat16)
 
         def shown(groups: list[list], part: int = 0) -> list[Tensor]:

@@ -40,9 +40,15 @@ TUNED = {  # free, far from the defaults, and small enough to matter to a small 
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def device() -> torch.device:
-    return join()[2]  # left at exit: other tests of this process use the group, too
+    return join()[2]  # the group is left at exit: other tests of this process use it, too
+
+
+@pytest.fixture(autouse=True)
+def _linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's ZeRO 3 leaves its own for the whole process; engines here are DeepSpeed's, which never take it back."""
+    monkeypatch.setattr(nn.functional, "linear", nn.functional.linear)
 
 
 def config_of(own: dict[str, Any], **changes: Any) -> dict[str, Any]:

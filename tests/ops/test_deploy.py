@@ -7,6 +7,7 @@ Slurm script does what it says is shown in tests/distributed/test_slurm.py.
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -283,6 +284,7 @@ def _listens(service: dict[str, Any]) -> str:
 
 
 @pytest.mark.program("promtool")
+@pytest.mark.program("amtool")
 def test_prometheus_and_alertmanager_take_what_compose_gives_them(tmp_path: Path):
     """The folders as their containers see them."""
     services = yaml.safe_load(composed())["services"]
@@ -323,6 +325,33 @@ def test_the_dockerfile_copies_what_the_package_needs():
     allowed = {line[1:] for line in (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines() if line[:1] == "!"}
     assert copied - {"./"} == allowed
     assert re.search(r"^USER (?!0|root)\d+", text, re.MULTILINE)
+
+
+def test_what_compose_is_given_is_nobody_elses():
+    """The password and targets lie beside our files: neither git, nor an image, nor a package takes them along."""
+    given = ["ops/deploy/compose/grafana-password", "ops/deploy/compose/targets"]
+    ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()]
+    assert set(given) <= set(ignored)
+    assert set(given) <= set((DEPLOY / "Dockerfile.dockerignore").read_text().splitlines())
+    assert "file: ${GRAFANA_PASSWORD_FILE:-./grafana-password}" in (COMPOSE / "docker-compose.yml").read_text()
+
+
+def test_no_package_holds_what_compose_is_given(tmp_path: Path):
+    copy = tmp_path / "copy"
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, copy / name)
+    for name in ("shards", "pipeline", "models", "objectives", "ops"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("grafana-password", "targets/run.json"):
+        place = copy / "ops" / "deploy" / "compose" / name
+        place.parent.mkdir(exist_ok=True)
+        place.write_text("secret")
+    code = "from setuptools import setup; setup()"
+    command = [sys.executable, "-c", code, "-q", "build", "--build-lib", str(tmp_path / "built")]
+    subprocess.run(command, cwd=copy, capture_output=True, text=True, check=True)
+    compose = tmp_path / "built" / "gristmill" / "ops" / "deploy" / "compose"
+    assert sorted(path.name for path in compose.iterdir()) == ["docker-compose.yml", "grafana"]
 
 
 def test_the_slurm_script_asks_for_what_it_relies_on():

@@ -5,23 +5,26 @@ import os
 import resource
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from gristmill.ops import launch_place
 from gristmill.ops.cli import main
 from gristmill.ops.doctor import Asked, Finding, worst
 from gristmill.ops.doctor.clocks import check_clock
 from gristmill.ops.doctor.data import check_data
 from gristmill.ops.doctor.devices import Card, judge
 from gristmill.ops.doctor.disk import PREFIX, check_cache, check_out, file_system, look
-from gristmill.ops.doctor.limits import check_cpus, check_files, check_memory, check_shared, check_text
+from gristmill.ops.doctor.limits import check_cpus, check_files, check_memory, check_shared
 from gristmill.ops.doctor.network import check_name, check_peers, check_port, split
 from gristmill.ops.doctor.runner import CHECKS, Check, run
 from gristmill.ops.doctor.tested import TESTED
 from gristmill.ops.doctor.versions import check_compiler, check_packages, check_python
+from gristmill.ops.monitor import ports
 from gristmill.shards.demo import make_demo_images
 from gristmill.shards.ingest import ingest_folder
 
@@ -94,6 +97,9 @@ def test_gpus():
     assert states([Card("T4", 16 << 30, 15 << 30, (7, 5))])[0] == ("gpu", "warn")
     assert states([card, Card("H100", 80 << 30, 10 << 30, (9, 0), 0)])[0] == ("gpu", "warn")
     assert states([card], processes=2)[0] == ("gpu", "bad")
+    assert states([card] * 2, processes=3)[0] == ("gpu", "bad")
+    # A scheduler shows each of eight processes its own.
+    assert states([card] * 8, processes=8, seen=1, hidden="3")[0] == ("gpu", "ok")
 
 
 # Limits
@@ -140,9 +146,16 @@ def test_limits_of_containers(tmp_path: Path, version: tuple[str, dict[str, str]
 def test_this_machine_has_no_surprises():
     assert check_memory(ASKED).figures["total_bytes"] > 1 << 30
     assert check_cpus(ASKED).figures["cores"] == len(os.sched_getaffinity(0))
-    assert check_text(ASKED).state in ("ok", "warn")
     assert check_clock(ASKED).state in ("ok", "warn")
     assert check_clock(ASKED, now=1e9).state == "bad"
+
+
+@pytest.mark.parametrize(("given", "state"), [("1", "ok"), ("0", "warn")])
+def test_text(given: str, state: str):
+    code = "from gristmill.ops.doctor.limits import Asked, check_text; print(check_text(Asked()).state)"
+    environ = os.environ | {"PYTHONUTF8": given, "PYTHONCOERCECLOCALE": "0", "LC_ALL": "POSIX"}
+    told = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == state
 
 
 def test_few_open_files():
@@ -221,7 +234,7 @@ def test_a_file_is_no_folder(tmp_path: Path):
 def test_data(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     found = check_data(Asked(data=str(data)))
     assert found.state in ("ok", "warn")
-    assert found.figures["shards"] > 0
+    assert found.figures["shards"] == len(list(data.glob("*.tar"))) > 1
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with FaultyServer(
         {f"/set/{p.relative_to(data)}": p.read_bytes() for p in data.rglob("*") if p.is_file()}
@@ -233,17 +246,24 @@ def test_data(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         dead = server.url("/set")
     gone = check_data(Asked(data=dead, seconds=3))
     assert gone.state == "bad"
-    assert gone.remedy
+    assert "the address, the network" in gone.remedy
     nothing = check_data(Asked(data=str(tmp_path / "nothing")))
     assert nothing.state == "bad"
 
 
-def test_a_read_that_hangs_is_given_up(tmp_path: Path):
-    """Nobody ever writes into this pipe: as a file on a file server that is gone."""
+def test_a_read_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Nobody ever writes into this pipe: as a file on a file server that is gone. What reads starts at once, for imports
+    that take as long would be given up, too."""
     os.mkfifo(tmp_path / "dataset.json")
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\ncd {tmp_path}\necho $$ > reads\nread line < dataset.json\n")
+    program.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(program))
     (found,) = run(check_of("data"), Asked(data=str(tmp_path), seconds=3))
     assert found.state == "bad"
     assert "no answer within 3 s" in found.found
+    with pytest.raises(ProcessLookupError):  # it is not left behind
+        os.kill(int((tmp_path / "reads").read_text()), 0)
 
 
 # Network
@@ -257,6 +277,11 @@ def test_a_taken_port():
     assert f"{port} is taken by process {os.getpid()}" in found.found
     assert check_port(Asked(port=port)).state == "ok"
     assert check_port(Asked(port=65535, local_world=2)).state == "warn"
+
+
+def test_ports_are_those_of_the_parts_that_open_them():
+    assert Asked().port == ports.PORT
+    assert split("node2")[1] == int(os.environ.get("MASTER_PORT", "") or launch_place.PORT)
 
 
 def test_names_and_peers():

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from gristmill.ops.doctor import Asked, Finding
+from gristmill.ops.doctor import Asked, Finding, worst
 from gristmill.ops.doctor.group import Told
 from gristmill.ops.doctor.judging import judge_talk, judge_together
 from gristmill.ops.doctor.loops import check_loops
@@ -64,6 +64,9 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
+TIMEOUT = 120  # seconds in which all ranks have started and meet, however busy the machine is
+
+
 def start(workers: Workers, folder: Path, world: int, lost: int = -1, grace: float = 30.0, outs: tuple[str, ...] = ()):
     port, ranks = free_port(), []
     for rank in range(world):
@@ -71,20 +74,9 @@ def start(workers: Workers, folder: Path, world: int, lost: int = -1, grace: flo
             "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1",
         }  # fmt: skip
-        arguments = [
-            "doctor",
-            "--json",
-            "--only",
-            "memory",
-            "--only",
-            "port",
-            "--only",
-            "open files",
-            "--timeout",
-            "60",
-        ]
-        if grace < 30:
-            arguments[-1] = "3"
+        arguments = ["doctor", "--json", "--timeout", str(TIMEOUT)]
+        for name in ("memory", "port", "open files"):
+            arguments += ["--only", name]
         if outs:
             arguments += ["--out", str(folder / outs[rank])]
         values = {"environment": environment, "lost": rank == lost, "grace": grace, "arguments": arguments}
@@ -111,7 +103,7 @@ def test_two_ranks_make_one_table(workers: Workers, tmp_path: Path):
     assert found["ranks"].found.startswith("all 2 answer, on 1 host")
     assert found["open files"].ranks == (0, 1)
     assert not list((tmp_path / "one").iterdir())
-    assert codes == [0, 0] or "bad" in {finding.state for finding in found.values()}
+    assert codes == [int(worst(found.values()) == "bad")] * 2
 
 
 def test_a_folder_that_is_not_shared(workers: Workers, tmp_path: Path):
@@ -124,7 +116,7 @@ def test_a_folder_that_is_not_shared(workers: Workers, tmp_path: Path):
 
 
 def test_a_rank_that_is_lost_is_named(workers: Workers, tmp_path: Path):
-    codes, outputs = start(workers, tmp_path, 2, lost=1, grace=0.0)
+    codes, outputs = start(workers, tmp_path, 2, lost=1, grace=3.0 - TIMEOUT)  # lost after 3 s, and no check is hurried
     found = findings_of(outputs[0])
     assert codes[0] == 1
     assert found["ranks"].figures == {"lost": [1]}

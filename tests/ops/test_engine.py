@@ -4,11 +4,13 @@ Several ranks and all stages: tests/distributed/test_engine.py.
 """
 
 import copy
+import os
 
 import pytest
 import torch
 from gristmill.objectives import Outcome
-from gristmill.ops.engine import Engine, resolve_stage
+from gristmill.ops.deepspeed_config import deepspeed_config
+from gristmill.ops.engine import Engine, _initialize, resolve_stage
 from gristmill.ops.guard import Guard
 from gristmill.ops.launch import join
 from gristmill.ops.optimizers import clip_reference, parameter_groups
@@ -33,7 +35,7 @@ class Toy(nn.Module):
 SCALE = {"scale": torch.tensor(2.0)}
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def _group():
     join()  # left at exit: other tests of this process use the group, too
 
@@ -159,6 +161,41 @@ def test_deepspeeds_own_configuration_is_passed_through_and_checked(recipe: Reci
     assert engine._engine.zero_reduce_bucket_size() == 12345
     with pytest.raises(Exception, match=r"gradient_clipping.*optimizer\.clip"):
         start(given({"gradient_clipping": 1.0}))
+
+
+def test_zero_3_gives_torchs_linear_back(recipe: Recipe):
+    linear = nn.functional.linear
+    engine = start(recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"zero": 3})}))
+    assert nn.functional.linear is not linear
+    engine.close()
+    assert nn.functional.linear is linear
+
+
+class Asking(nn.Module):
+    """What LOCAL_RANK is where DeepSpeed's hooks would ask."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.seen: list[tuple[str, ...]] = []
+
+    def forward(self, x):
+        self.seen.append((os.environ["LOCAL_RANK"], os.environ["OMPI_COMM_WORLD_LOCAL_RANK"]))
+        return x * self.weight
+
+
+def test_deepspeed_sees_the_gpu_of_a_process_that_has_but_one(monkeypatch: pytest.MonkeyPatch):
+    """As the fourth of a host, to whom its scheduler shows GPU 0 alone; on a CPU DeepSpeed asks, and does nothing by it."""
+    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):
+        monkeypatch.setenv(name, "3")
+    config = deepspeed_config({}, stage=0, precision="fp32", micro_batch=1, accumulate=1, world=1)
+    model = Asking()
+    engine = _initialize(torch.device("cuda", 0), model=model, config=config)
+    assert engine.local_rank == 0
+    assert engine(torch.ones(1)) == 1
+    assert model.seen == [("0", "0")]
+    assert os.environ["LOCAL_RANK"] == os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] == "3"
+    engine.destroy()
 
 
 def test_bf16_without_zero_does_not_accumulate():

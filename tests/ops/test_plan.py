@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from gristmill.ops.cli import main
+from gristmill.ops.engine import resolve_stage
 from gristmill.ops.planning import (
     GPUS,
     AssumptionError,
@@ -23,9 +22,9 @@ from gristmill.ops.planning import (
     judge,
     plan,
 )
-from gristmill.ops.planning.fitting import micro_of, together
+from gristmill.ops.planning.fitting import built, micro_of
 from gristmill.ops.planning.hardware import GIB
-from gristmill.ops.planning.pages import BEGIN, END, written
+from gristmill.ops.planning.pages import BEGIN, END, row, written
 from gristmill.ops.planning.pages import GPUS as COUNTS
 from gristmill.ops.planning.pages import RECIPES as IN_TABLE
 from gristmill.ops.planning.parameters import Weights
@@ -41,7 +40,7 @@ WEIGHTS = Weights({"backbone": 1000, "predictors": 200}, {"backbone": 1000}, 120
 
 
 def tiny(*overrides: str, name: str = "mugs-vits16-100") -> Recipe:
-    return load_recipe(name, ["probes.at=[]", *overrides], tiny=True)
+    return load_recipe(name, overrides, tiny=True)  # nothing else changed, so that traces of one recipe are shared
 
 
 def on(gpus: int, memory: float = 80.0) -> Setting:
@@ -55,10 +54,9 @@ def test_every_recipe_can_be_planned(name: str):
     )  # its networks small, its views, objectives and optimizer as they are
     judged = judge(recipe, Setting(hardware("h100-80", 1), Assumptions(), 65536))
     assert judged.fits
-    assert judged.memory.peak == pytest.approx(sum(judged.memory.parts.values()))
+    assert judged.memory.peak >= judged.memory.held + judged.trace.peak
     assert judged.trace.flops["backward"] > judged.trace.flops["student"] > 0
-    full = load_recipe(name)
-    assert micro_of(full, 1) % together(full) == 0
+    micro_of(load_recipe(name), 1)  # raises where its own batch cannot be shared
 
 
 @pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16"])
@@ -109,7 +107,7 @@ def test_time_is_a_sum_of_what_bounds_it():
 
 
 def test_what_cannot_fit_is_refused_with_what_would():
-    settled = tiny("batch=32", "engine.zero=1")
+    settled = tiny("batch=64", "engine.zero=1")
     peak = judge(settled, on(2)).memory.peak
     tight = on(2, 0.6 * peak / GIB)
     found = plan(settled, tight)
@@ -119,7 +117,7 @@ def test_what_cannot_fit_is_refused_with_what_would():
     assert found.proposals
     for proposal in found.proposals:  # each is what it is typed as, and then fits
         words = [word for word in shlex.split(proposal.change) if "=" in word]
-        again = tiny("batch=32", "engine.zero=1", *words)
+        again = tiny("batch=64", "engine.zero=1", *words)
         then = judge(again, replace(tight, hardware=replace(tight.hardware, gpus=proposal.gpus)))
         assert then.fits
         assert then.memory.peak == pytest.approx(proposal.peak)
@@ -153,12 +151,8 @@ def test_a_batch_that_cannot_be_shared_names_one_that_can():
 def test_the_billion_weights_want_zero_3():
     recipe = load_recipe("multigrain-vitg16")
     assert recipe.engine.zero == "auto"
-    assert Weights({"backbone": 10**9}, {}, 0, 0, 0, ()).whole == 10**9
-    from gristmill.ops.planning.fitting import built, stage_of
-
-    _, counted = built(recipe)
-    assert stage_of(recipe, counted, 64) == 3
-    assert stage_of(recipe, counted, 1) == 0
+    student = built(recipe)[0].student
+    assert [resolve_stage(recipe, student, world) for world in (1, 64)] == [0, 3]
 
 
 def test_the_command_says_it_in_tables_or_json():
@@ -209,8 +203,5 @@ def test_the_page_holds_what_the_code_prints():
     page = PAGE.read_text()
     lines = page.partition(BEGIN)[2].partition(END)[0].strip().splitlines()
     assert [line.split("|")[1].strip(" `") for line in lines[2:]] == [name for name in IN_TABLE for _ in COUNTS]
-    # In a process of its own: what other tests leave behind in this one is not what a user's command meets.
-    code = "from gristmill.ops.planning.pages import row; print(row('dino-vits16-100', 32))"
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
-    assert printed.stdout.strip() in lines
+    assert row("dino-vits16-100", 32) in lines
     assert written(page, lines) == page

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ from gristmill.ops.planning.parameters import weights
 from gristmill.ops.planning.states import states
 from gristmill.ops.planning.trace import run
 
+from ..workers import Workers
 from .measured_memory import recipe_of
 
 WIDE = ("student.embed_dim=192", "student.depth=3", "batch=8")
@@ -28,17 +26,21 @@ CASES = {
     "mugs, ZeRO 1": ("mugs-vits16-100", *WIDE, "engine.zero=1", SMALL_BUCKET),
     "mugs, ZeRO 3": ("mugs-vits16-100", *WIDE, "engine.zero=3", SMALL_BUCKET),
 }
+MEASURE = """
+import sys
+sys.path.insert(0, root)
+sys.argv[1:] = [cases]
+from tests.ops.measured_memory import main
+main()
+"""
 
 
 @pytest.fixture(scope="module")
-def measured() -> dict[str, dict[str, int]]:
+def measured(workers: Workers) -> dict[str, dict[str, int]]:
     """All cases in one process of their own."""
-    command = [sys.executable, "-m", "tests.ops.measured_memory", json.dumps(list(CASES.values()))]
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    process = workers.start(MEASURE, root=str(Path(__file__).parents[2]), cases=json.dumps(list(CASES.values())))
+    assert process.join() == 0, process.output()[-3000:]
+    lines = [json.loads(line) for line in process.output().splitlines() if line.startswith("{")]
     return dict(zip(CASES, lines, strict=True))
 
 
@@ -47,7 +49,7 @@ def planned(case: str) -> Memory:
     nets = networks(recipe, IMAGES)
     counted = weights(nets.student, nets.teacher, 2)
     stage = 0 if recipe.engine.zero == "auto" else recipe.engine.zero
-    trace = run(recipe, recipe.batch, "cpu", IMAGES)
+    trace = run(recipe, recipe.batch, "cpu", IMAGES, cut=stage == 3)
     return memory(recipe, states(recipe, counted, stage, 1), trace, nets, world=1, decoded=0.0, dali=False)
 
 

@@ -138,6 +138,16 @@ def test_recomputing_keeps_less_and_works_more():
     assert again.flops["student"] == plain.flops["student"]
 
 
+def test_zero_3s_linear_layers_are_counted_and_given_back():
+    linear = nn.functional.linear
+    recipe = tiny("mugs-vits16-100", "precision=autocast")
+    plain, cut = (run(recipe, 8, cut=cut) for cut in (False, True))
+    assert nn.functional.linear is linear
+    assert cut.flops == plain.flops
+    assert cut.traffic > 1.05 * plain.traffic  # biases are added apart
+    assert cut.kept < plain.kept  # and no copies of weights in autocast's type
+
+
 def test_what_is_gathered_comes_and_goes():
     a, b, c = ((0, 10),), ((1, 20),), ((2, 30), (3, 1))
     # Forward alone: each module's weights while it runs; small ones (3) stay all along.

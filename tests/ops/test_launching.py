@@ -1,0 +1,88 @@
+"""Where a process stands among others, and on which GPU, where launchers and schedulers say it in two ways at once.
+
+Places by launcher, copied from real ones: tests/distributed/test_launch.py.
+"""
+
+import os
+import socket
+
+import pytest
+import torch
+from gristmill.ops.launch import card_of, meet, seeing
+from gristmill.ops.launch_place import LaunchError, environment
+
+TORCHRUN = {
+    "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "gpu003",
+    "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "none",
+}  # fmt: skip
+OPENMPI = {
+    "OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "4", "MASTER_ADDR": "gpu003",
+}  # fmt: skip
+BROKEN = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "two"}
+POD = {"JOB_COMPLETION_INDEX": "2", "HOSTNAME": "somebody-elses-name", "GRISTMILL_NODES": "4", "GRISTMILL_SERVICE": "s"}
+
+
+@pytest.mark.parametrize(("inner", "launcher"), [(TORCHRUN, "torchrun"), (OPENMPI, "openmpi")])
+def test_what_an_outer_launcher_left_hurts_nobody(inner: dict[str, str], launcher: str):
+    place = environment(inner | BROKEN)
+    assert (place.rank, place.world, place.launcher) == (5, 8, launcher)
+    with pytest.raises(LaunchError, match="SLURM_STEP_NUM_TASKS is 'two'"):
+        environment(BROKEN)
+
+
+def test_the_remedy_for_a_pod_of_another_name_is_one():
+    with pytest.raises(LaunchError, match="set MASTER_ADDR to the name or address of the pod with index 0"):
+        environment(POD)
+    place = environment(POD | {"MASTER_ADDR": "10.0.0.7"})
+    assert (place.rank, place.world, place.address, place.launcher) == (2, 4, "10.0.0.7", "kubernetes")
+
+
+def test_a_processs_gpu():
+    assert [card_of(rank, 8) for rank in (0, 3, 7)] == [0, 3, 7]
+    assert [card_of(rank, 1) for rank in (0, 3, 7)] == [0, 0, 0]  # the scheduler shows each its own
+    with pytest.raises(LaunchError, match="local rank 2 has no GPU: 2 are there"):
+        card_of(2, 2)
+
+
+def test_what_deepspeed_is_told_of_it(monkeypatch: pytest.MonkeyPatch):
+    names = "LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"
+    monkeypatch.setenv(names[0], "3")
+    monkeypatch.delenv(names[1], raising=False)
+
+    @seeing(torch.device("cuda", 0))
+    def inside() -> list[str | None]:
+        told.append([os.environ.get(name) for name in names])
+        raise ZeroDivisionError
+
+    told: list[list[str | None]] = []
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            inside()
+    assert told == [["0", None]] * 2
+    assert [os.environ.get(name) for name in names] == ["3", None]
+    with seeing(torch.device("cpu")):
+        assert os.environ["LOCAL_RANK"] == "3"
+
+
+def test_every_attempt_has_a_corner_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    """torchrun keeps one store over its restarts on one node; over several nodes their counts are not the same."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    about = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in about.items():
+        monkeypatch.setenv(name, value)
+
+    def there(nodes: int, attempt: int, corner: str) -> bool:
+        monkeypatch.setenv("GROUP_WORLD_SIZE", str(nodes))
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+        store, rank, world = meet(corner)
+        assert (rank, world) == (0, 1)
+        found = store.check(["left"])
+        store.set("left", "by an earlier one")
+        stores.append(store)
+        return found
+
+    stores = []
+    assert [there(1, 0, "a"), there(1, 0, "a"), there(1, 1, "a"), there(1, 0, "b")] == [False, True, False, False]
+    assert [there(2, 5, "c"), there(2, 7, "c")] == [False, True]
