@@ -1,5 +1,6 @@
 # `make demo` and `make test` set everything up by themselves; see README.md.
 PYTHON ?= python3
+PROCESSES ?= 2
 BIN := .venv/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
@@ -8,8 +9,9 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 demo: .venv/ready
 	$(BIN)/gristmill demo
 
+# Two processes, a file to each in the order of tests/conftest.py; `make test PROCESSES=0` runs all in one.
 test: .venv/ready-for-tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 lint: .venv/ready-for-tests
 	$(BIN)/python -m pytest -q tests/test_lint.py

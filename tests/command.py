@@ -21,7 +21,7 @@ from .workers import Workers
 GRISTMILL = Path(sys.executable).parent / "gristmill"
 # No activated environment, no compiler, no ninja: the console script alone has to do.
 BARE = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"} | {"PATH": "/nonexistent"}
-MINUTES = 600.0  # seconds in which anything here ends, also where the machine is busy elsewhere
+MINUTES = 400.0  # seconds in which anything here ends, also on a busy machine: less than pytest gives a test
 
 
 class Command:
@@ -65,20 +65,32 @@ class Command:
     def finish(self) -> tuple[int, str, str]:
         """Its exit code, output and errors, once it has ended."""
         until = time.monotonic() + MINUTES
-        while (code := self.poll()) is None and time.monotonic() < until:
-            time.sleep(0.02)
+        try:
+            while (code := self.poll()) is None and time.monotonic() < until:
+                time.sleep(0.02)
+        finally:
+            self.end()
         out, err = (path.read_text() if path.exists() else "" for path in self._files)
         assert code is not None, (out[-3000:], err[-3000:])
         return code, out, err
+
+    def end(self) -> None:
+        """End it where it still runs: nobody waits for it any more."""
+        if self.poll() is None:
+            self._process.kill()
 
 
 def wait(process: Command, happened: Callable[[], bool]) -> None:
     """Until it happened, which it must while the process runs."""
     until = time.monotonic() + MINUTES
-    while not happened():
-        assert process.poll() is None or happened(), process.finish()
-        assert time.monotonic() < until
-        time.sleep(0.02)
+    try:
+        while not happened():
+            assert process.poll() is None or happened(), process.finish()
+            assert time.monotonic() < until
+            time.sleep(0.02)
+    except BaseException:
+        process.end()
+        raise
 
 
 FORK = """
@@ -105,10 +117,12 @@ IMPORTS = """
 import gc, os, time
 from gristmill.ops import demo, train
 from gristmill.ops.cli import main
+from gristmill.ops.launch import quiet_deepspeed
 from gristmill.ops.monitor import status
 from gristmill.ops.run import Run
-from gristmill.pipeline.augment import cpu
+from gristmill.pipeline.augment import cpu, dali
 from pyarrow import dataset, pandas_compat
+quiet_deepspeed()
 gc.collect()
 gc.freeze()
 """

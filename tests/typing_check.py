@@ -1,5 +1,6 @@
 """pyright over the whole tree, started with the tests and asked for at their end: it takes a minute of another core.
 
+Where several processes share the tests, it is started by the one that has its test, and only then.
 An editable install maps `gristmill` by a finder that pyright cannot run, so it is shown a folder instead.
 """
 

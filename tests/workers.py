@@ -5,14 +5,16 @@
         one.join(), one.output()
 
 They are no children of the test, so that a SIGKILL hits exactly one of them, and threads of the test are not theirs.
-Each ends with the exit code that a script would have, once its threads have ended and what it registered to be called at
-exit was called; with `end=True` the interpreter takes itself down as well, which takes half a second a process with torch.
+However the test's process ends, they end with it: the kernel sees to that. Otherwise each ends with the exit code that a
+script would have, once its threads have ended and what it registered to be called at exit was called; with `end=True` the
+interpreter takes itself down as well, which takes half a second a process with torch.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -23,8 +25,17 @@ from pathlib import Path
 from typing import Any, Self
 
 _PARENT = """
-import atexit, json, os, sys, threading
-exec(sys.argv[1])
+import atexit, ctypes, json, os, signal, sys, threading
+
+def _end_with(parent):
+    # PR_SET_PDEATHSIG; who is an orphan already would never hear of it.
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+_end_with(int(sys.argv[1]))
+exec(sys.argv[2])
+_forker = os.getpid()
 
 def _ended(code):
     # Its exit code, everything said. What is no Exception comes out of here, and ends the process as it would a script.
@@ -50,6 +61,7 @@ for line in sys.stdin:
     if "code" in job:
         pid = os.fork()
         if pid == 0:
+            _end_with(_forker)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
             os.dup2(1, 2)
@@ -58,10 +70,11 @@ for line in sys.stdin:
                 os._exit(_ended(job["code"]))
             exec(job["code"], globals())
             break
-        print(pid, flush=True)
+        answer = pid
     else:
-        pid, status = os.waitpid(job["pid"], 0 if job["wait"] else os.WNOHANG)
-        print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
+        pid, status = os.waitpid(job["pid"], os.WNOHANG)
+        answer = os.waitstatus_to_exitcode(status) if pid else None
+    print(json.dumps([job["number"], answer]), flush=True)
 """
 
 
@@ -78,9 +91,19 @@ class Worker:
         return self._file.read_text() if self._file.exists() else ""
 
     def poll(self, wait: bool = False) -> int | None:
-        """Its exit code (negative: the signal that ended it), None while it runs."""
+        """Its exit code (negative: the signal that ended it), None while it runs.
+
+        wait: until it has ended. That is done here and not by its parent, which must be able to answer a test that was
+        interrupted and ends what it waited for.
+        """
         if self._code is None:
-            self._code = self._workers.ask({"pid": self.pid, "wait": wait})
+            if wait:
+                process = os.pidfd_open(self.pid)  # its number is not given away before it was asked for
+                try:
+                    select.select([process], [], [])
+                finally:
+                    os.close(process)
+            self._code = self._workers.ask({"pid": self.pid})
         return self._code
 
     def join(self) -> int:
@@ -101,7 +124,8 @@ class Workers:
     def __init__(self, imports: str) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._started: list[Worker] = []
-        command = [sys.executable, "-c", _PARENT, textwrap.dedent(imports)]
+        self._asked = 0
+        command = [sys.executable, "-c", _PARENT, str(os.getpid()), textwrap.dedent(imports)]
         self._parent = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def start(self, code: str, *, end: bool = False, **values: Any) -> Worker:
@@ -114,14 +138,20 @@ class Workers:
     def ask(self, job: dict[str, Any]) -> Any:
         assert self._parent.stdin is not None
         assert self._parent.stdout is not None
-        print(json.dumps(job), file=self._parent.stdin, flush=True)
-        return json.loads(self._parent.stdout.readline())
+        self._asked += 1
+        print(json.dumps(job | {"number": self._asked}), file=self._parent.stdin, flush=True)
+        while True:  # a test that was interrupted here has left its answer
+            number, answer = json.loads(self._parent.stdout.readline())
+            if number == self._asked:
+                return answer
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for worker in self._started:
-            worker.kill()
-        self._parent.communicate()
-        self._folder.cleanup()
+        try:
+            for worker in self._started:
+                worker.kill()
+        finally:
+            self._parent.communicate()
+            self._folder.cleanup()

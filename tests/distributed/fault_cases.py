@@ -1,4 +1,4 @@
-"""Run by zygote.py, or torchrun (see test_faults.py): one rank of whole runs with one fault each, `FAULTS COMMANDS` in JSON.
+"""Run by zygote.py, or for torchrun by ferry.py (see test_faults.py): one rank of whole runs with one fault each, `FAULTS COMMANDS` in JSON.
 
 It trains through the command line as a user does. Faults are wrapped around the product's parts here; the product knows
 none of them.
@@ -64,7 +64,8 @@ def elsewhere() -> None:
 
 
 def launcher_signalled(name: str, at: int) -> None:
-    at_image(at, lambda: os.kill(os.getppid(), SIGNALS[name]))
+    """Whoever started this rank (ferry.py) gets a signal."""
+    at_image(at, lambda: os.kill(int(os.environ["LAUNCHER"]), SIGNALS[name]))
 
 
 def removed(path: str, at: int) -> None:

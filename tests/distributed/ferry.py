@@ -9,6 +9,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 from ..workers import Worker
 from .zygote import Zygote
@@ -28,6 +29,8 @@ with open(mine + ".new", "w") as file:
 os.rename(mine + ".new", mine + ".asked")
 def answer(what):
     while not os.path.exists(mine + what):
+        if os.path.exists(os.path.join({folder!r}, "closed")):
+            os._exit(1)
         time.sleep(0.02)
     with open(mine + what) as file:
         return int(file.read())
@@ -44,6 +47,8 @@ if os.readlink(f"/proc/{client}/ns/net") != os.readlink("/proc/self/ns/net"):
     namespace = os.open(f"/proc/{client}/ns/net", os.O_RDONLY)
     if ctypes.CDLL(None, use_errno=True).setns(namespace, 0x40000000):
         raise OSError(ctypes.get_errno(), "setns")
+with open(f"/proc/{client}/status") as status:
+    environment["LAUNCHER"] = next(line.split()[1] for line in status if line.startswith("PPid:"))
 become(script, arguments, environment, errors, 3600.0)
 """
 
@@ -61,12 +66,16 @@ class Passenger:
 
 @dataclass
 class Ferry:
-    """Ranks run `script` of this folder with `arguments` and then the launcher's. Call `cross` while a launcher runs."""
+    """Ranks run `script` of this folder with `arguments` and then the launcher's. Call `cross` while a launcher runs.
+
+    At the end of the block none of them is left, nor any program that stands for one.
+    """
 
     zygote: Zygote
     folder: Path
     script: str
     arguments: tuple[object, ...] = ()
+    ends: bool = False  # whether how their interpreters end is to be seen (workers.py)
     passengers: list[Passenger] = field(default_factory=list)
 
     def program(self, path: Path) -> Path:
@@ -77,6 +86,14 @@ class Ferry:
         path.chmod(0o755)
         return path
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        (self.folder / "closed").touch()
+        for passenger in self.passengers:
+            passenger.rank.kill()
+
     def cross(self) -> None:
         """Start the ranks that were asked for, pass on how others ended, and end those whose program was killed."""
         for asked in sorted(self.folder.glob("*.asked")):
@@ -85,7 +102,7 @@ class Ferry:
             errors = asked.with_suffix(".err")
             arguments = [*map(str, self.arguments), *job["arguments"]]
             rank = self.zygote.start(
-                RANK, client=int(asked.stem), script=self.script, arguments=arguments,
+                RANK, end=self.ends, client=int(asked.stem), script=self.script, arguments=arguments,
                 environment=job["environment"], errors=str(errors),
             )  # fmt: skip
             self.passengers.append(Passenger(int(asked.stem), rank, job["environment"], errors))

@@ -1,22 +1,11 @@
-"""What a process is before it is a rank of one of zygote.py's groups: everything slow is imported, once for all of them."""
+"""Be a rank: what a fork of tests/command.py does before it runs a script of this folder (zygote.py)."""
 
 import faulthandler
-import gc
 import importlib
 import os
 import sys
 
-from gristmill.ops.cli import main
-from gristmill.ops.launch import quiet_deepspeed
-from gristmill.ops.train import train
-from gristmill.pipeline.augment import cpu, dali
-from pyarrow import dataset, pandas_compat
-
-# What a run imports on its way; Arrow's are those that it imports at its first look into a table.
-PRELOADED = (main, train, cpu, dali, dataset, pandas_compat)
-quiet_deepspeed()
-gc.collect()
-gc.freeze()  # ranks need not look through all of this again
+import torch
 
 
 def become(script: str, arguments: list[str], environment: dict[str, str], errors: str, seconds: float) -> None:
@@ -26,5 +15,7 @@ def become(script: str, arguments: list[str], environment: dict[str, str], error
     os.close(file)
     faulthandler.dump_traceback_later(seconds, exit=True)
     os.environ.update(environment)
+    # What a process that torch was imported into with this environment would have.
+    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", torch.get_num_threads())))
     sys.argv = [script, *arguments]
     importlib.import_module(script).main()

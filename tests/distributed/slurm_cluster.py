@@ -11,10 +11,12 @@ import signal
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+from ..servers import end, kept_ports
+from ..waiting import wait_for
 
 CONFIGURATION = """
 ClusterName=tests
@@ -72,16 +74,18 @@ class Slurm:
 
 @contextmanager
 def slurm() -> Iterator[Slurm]:
-    """The cluster, up and idle. As root only. Raises TimeoutError if it does not come up."""
+    """The cluster, up and idle. As root only. AssertionError with what its daemons say if it does not come up."""
     with ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="grist-slurm-"))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         folder.chmod(0o755)
         for name in ("munge", "state", "spool-n0", "spool-n1"):
             (folder / name).mkdir()
-        text = CONFIGURATION.format(folder=folder, host=socket.gethostname().split(".")[0], ports=_free_ports(3))
+        ports = stack.enter_context(kept_ports(3))
+        text = CONFIGURATION.format(folder=folder, host=socket.gethostname().split(".")[0], ports=ports)
         (folder / "slurm.conf").write_text(text)
         cluster = Slurm(folder)
+        stack.callback(_kill_what_is_left, cluster)  # steps outlive their daemons
         munge = pwd.getpwnam("munge")
         (folder / "key").write_bytes(os.urandom(128))
         for path, mode in ((folder / "key", 0o400), (folder / "munge", 0o755)):
@@ -93,43 +97,29 @@ def slurm() -> Iterator[Slurm]:
             process = subprocess.Popen(
                 list(map(str, command)), env=cluster.environ, stdout=out, stderr=out, user=user, group=user
             )
-            stack.callback(_end, process)
+            stack.callback(end, process)
 
         files = [f"--{name}-file={folder / 'munge' / name}" for name in ("pid", "log", "seed")]
         secret = [f"--key-file={folder / 'key'}", f"--socket={folder / 'munge' / 'socket'}"]
         daemon("munged", "munged", "--foreground", *files, *secret, user="munge")
-        _until((folder / "munge" / "socket").exists, cluster)
+        wait_for((folder / "munge" / "socket").exists, SECONDS, cluster.logs)
         daemon("slurmctld", "slurmctld", "-D", "-c")
         for node in ("n0", "n1"):
             daemon(f"slurmd-{node}", "slurmd", "-D", "-N", node)
-        _until(lambda: _idle(cluster), cluster)
+        wait_for(lambda: _idle(cluster), SECONDS, cluster.logs)
         yield cluster
+
+
+def _kill_what_is_left(cluster: Slurm) -> None:
+    """Every process that was told of this cluster: jobs of a test that failed, and what holds them."""
+    mark = f"SLURM_CONF={cluster.environ['SLURM_CONF']}".encode()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):  # it has ended
+            if mark in path.read_bytes().split(b"\0"):
+                os.kill(int(path.parent.name), signal.SIGKILL)
 
 
 def _idle(cluster: Slurm) -> bool:
     asked = ["sinfo", "--noheader", "--Node", "--format=%T"]
     done = subprocess.run(asked, env=cluster.environ, capture_output=True, text=True, check=False, timeout=60)
     return done.stdout.split() == ["idle", "idle"]
-
-
-def _until(happened, cluster: Slurm) -> None:
-    until = time.monotonic() + SECONDS
-    while not happened():
-        if time.monotonic() > until:
-            raise TimeoutError(f"Slurm is not up: {cluster.logs()}")
-        time.sleep(0.05)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(20)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [probe.getsockname()[1] for probe in probes]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gristmill.ops.bench.endings import SHARED, endings, left_in_shared_memory, short_run
 
+from ..waiting import wait_for
 from .zygote import Zygote
 
 IN_ONE, FORKED, LAUNCHED = (0, 1, 2, 3, 1), (3, 2, 3), (3,)
@@ -38,9 +39,8 @@ def test_nine_short_runs_end_well(zygote: Zygote, tiny: Path, tmp_path: Path):
     for each in found:
         assert each["code"] == 0, each["error"]
         assert not each["aborted"]
-        assert each["left"] == []
-
-    assert left_in_shared_memory(before) == []
+    # Others on this machine may leave semaphores, which their resource trackers take away; what a run left would stay.
+    wait_for(lambda: not left_in_shared_memory(before), 60, lambda: left_in_shared_memory(before), every=0.5)
 
 
 def test_what_is_left_in_shared_memory_is_seen():

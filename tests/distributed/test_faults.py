@@ -6,90 +6,27 @@ Each fault is followed by the same command once more, and the run must end with 
 import json
 import os
 import shutil
-from dataclasses import dataclass
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from gristmill.ops.bench.endings import TINY, launch, tiny_data
-from gristmill.ops.checkpoint import Saved, newest
-from gristmill.ops.runlog import read_log
-from gristmill.ops.stores import open_store
+from gristmill.ops.bench.endings import tiny_data
 
 from ..disks import small_disk
-from ..servers import WEED_MISSING, find_weed, weed_server
-from .zygote import HERE, Group, Zygote
+from ..servers import WEED_MISSING, end, find_weed, weed_server
+from ..waiting import wait_for
+from .case import END, Case
+from .ferry import Ferry
+from .zygote import Zygote
 
-END, EVERY = 64, 16
 ERRORS_OF_PYTHON = ("Traceback", "terminate called", "Exception ignored")
-
-
-@dataclass
-class Case:
-    """One run folder, and the command that trains there."""
-
-    zygote: Zygote
-    folder: Path
-    data: Path
-
-    def command(self, *overrides: object) -> list[object]:
-        settings = (
-            *TINY,
-            f"data={self.data}",
-            f"images={END}",
-            f"checkpoint.every={EVERY}",
-            "checkpoint.keep=3",
-            "engine.zero=2",
-        )
-        return ["train", "demo", "--out", self.folder, *settings, *overrides]
-
-    def run(self, *overrides: object, faults: tuple[dict[str, Any], ...] = (), **how: Any) -> Group:
-        return self.zygote.commands(self.folder.parent / "rank", self.command(*overrides), faults=faults, **how)
-
-    def finish(self, straight: "Case", says: str = "going on from image") -> Group:
-        """Start the same command again: it goes on, and ends as if nothing had happened."""
-        group = self.run()
-        assert group.codes == [0, 0], group.errors
-        assert says in group.errors[0]
-        assert self.trace() == straight.trace()
-        assert len(self.trace()) == END // 8
-        mine, theirs = self.newest(), straight.newest()
-        assert mine.position == theirs.position == END
-        assert mine.digests == theirs.digests  # weights, moments, EMA, memories, centres, buffers
-        assert mine.state["cursor"] == theirs.state["cursor"]
-        return group
-
-    def trace(self) -> list[dict[str, Any]]:
-        lines = [line for line in self.log() if line["kind"] == "step"]
-        return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
-
-    def events(self, name: str) -> list[dict[str, Any]]:
-        return [line for line in self.log() if line["kind"] == "event" and line["event"] == name]
-
-    def log(self) -> list[dict[str, Any]]:
-        return read_log(self.folder / "metrics.jsonl")
-
-    def newest(self) -> Saved:
-        """The newest checkpoint; all digests hold, and none was passed over."""
-        saved, told = newest(open_store(self.folder / "checkpoints"))
-        assert saved
-        assert told == []
-        return saved
 
 
 @pytest.fixture
 def case(zygote: Zygote, tiny: Path, tmp_path: Path) -> Case:
     return Case(zygote, tmp_path / "run", tiny)
-
-
-@pytest.fixture(scope="module")
-def straight(zygote: Zygote, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """A run that meets no fault."""
-    case = Case(zygote, tmp_path_factory.mktemp("straight") / "run", tiny)
-    group = case.run()
-    assert group.codes == [0, 0], group.errors
-    assert group.errors[1] == ""  # rank 0 speaks for all
-    return case
 
 
 def one_sentence(text: str) -> str:
@@ -98,6 +35,11 @@ def one_sentence(text: str) -> str:
     errors = [line for line in text.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, text
     return errors[0]
+
+
+def test_rank_0_speaks_for_all(straight: Case):
+    assert f"training: {END}/{END} images" in straight.said[0]
+    assert straight.said[1] == ""
 
 
 def test_sigterm_to_one_rank_stops_all_at_the_same_step(case: Case, straight: Case):
@@ -289,19 +231,35 @@ def test_checkpoints_in_an_object_store_survive_a_kill(case: Case, tmp_path: Pat
             assert server.secret not in path.read_text(errors="replace") if path.is_file() else True
 
 
-def test_torchrun_restarts_in_place_and_is_stopped_by_sigterm(case: Case, straight: Case):
+def test_torchrun_restarts_in_place_and_is_stopped_by_sigterm(case: Case, straight: Case, tmp_path: Path):
     """A rank is lost and all come back by themselves; then SIGTERM to the launcher, which ends with 1 whatever ranks say."""
     faults = [
         {"what": "signalled", "name": "kill", "at": 40, "rank": 1},
         {"what": "launcher signalled", "name": "term", "at": 48, "attempt": 1},
     ]
     command = list(map(str, case.command()))
-    done = launch(2, [HERE / "fault_cases.py", json.dumps(faults), json.dumps([command])], flags=["--max-restarts=2"])
-    assert done.returncode == 1, done.stderr
-    assert "rank 1 (host" in done.stderr
-    assert "was lost during" in done.stderr
-    assert "going on from image" in done.stderr
-    assert "stopped at image 56; the same command goes on from there" in done.stderr
-    assert "terminate called" not in done.stderr
+    given = (json.dumps(faults), json.dumps([command]))
+    ferry, log = Ferry(case.zygote, tmp_path / "ferry", "fault_cases", given, ends=True), tmp_path / "log"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
+    torchrun += ["--no-python", str(ferry.program(tmp_path / "rank.py"))]
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    with ferry, log.open("wb") as out:
+        launcher = subprocess.Popen(torchrun, env=environ, stdout=out, stderr=out)
+
+        def ended() -> bool:
+            ferry.cross()
+            return launcher.poll() is not None
+
+        try:
+            wait_for(ended, 300, lambda: log.read_text() + ferry.said())
+        finally:
+            end(launcher)
+    said = ferry.said()
+    assert launcher.returncode == 1, (log.read_text(), said)
+    assert "rank 1 (host" in said
+    assert "was lost during" in said
+    assert "going on from image" in said
+    assert "stopped at image 56; the same command goes on from there" in said
+    assert "terminate called" not in log.read_text() + said
     assert case.newest().position == 56
     case.finish(straight, "going on from image 56")

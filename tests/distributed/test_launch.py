@@ -3,8 +3,6 @@
 import base64
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,8 @@ import pytest
 from gristmill.ops.launch_place import LaunchError, Place, environment, first_host, tasks_per_node
 from hypothesis import given
 from hypothesis import strategies as st
+
+from ..workers import Workers
 
 TORCHRUN = {
     "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1", "GROUP_WORLD_SIZE": "2",
@@ -43,6 +43,12 @@ TRAINJOB = {
 }  # fmt: skip
 MPI_AT_HOME = OPENMPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "5", "MASTER_ADDR": ""}
 UNEVEN = {"SLURM_STEP_NUM_TASKS": "7", "SLURM_STEP_TASKS_PER_NODE": "4,3"}
+LAUNCH = """
+import os, runpy, sys
+os.environ.update(environment)
+sys.argv[1:] = command[1:]
+runpy.run_module(command[0], run_name="__main__", alter_sys=True)
+"""  # as `python -m` does; what the launcher imports is there already
 ALONE = (0, 1, 0, 1, "", 0)
 SLURMS_PORT = 12000 + 4711 * 7 % 20000
 
@@ -92,20 +98,22 @@ def test_the_place_that_a_launcher_gives(environ: dict[str, str], place: tuple[A
     assert found == Place(*place)
     again = dict(environ)
     found.export(again)
-    assert environment(again) == environment(again)
     second = environment(again)  # as a second `join` in the same process sees it
     assert (second.rank, second.world, second.local_rank, second.local_world) == place[:4]
     assert (second.address, second.port) == place[4:6]
+    once = dict(again)
+    second.export(again)
+    assert again == once  # and a third
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-def test_the_place_that_a_real_launcher_gives(launcher: str, tmp_path: Path):
-    """Two processes; Slurm's own are in test_slurm.py."""
+def test_the_place_that_a_real_launcher_gives(launcher: str, workers: Workers, tmp_path: Path):
+    """Two processes, which leave the environment that they were given; Slurm's own are in test_slurm.py."""
     script = tmp_path / "place.py"
     script.write_text(
-        "import os\nfrom gristmill.ops.launch_place import environment\n"
-        "place = environment(os.environ)\n"
-        f"open(os.path.join({str(tmp_path)!r}, f'rank-{{place.rank}}'), 'w').write(repr(place))\n"
+        "import json, os\n"
+        f"with open(os.path.join({str(tmp_path)!r}, f'rank-{{os.environ[\"RANK\"]}}'), 'w') as file:\n"
+        "    json.dump(dict(os.environ), file)\n"
     )
     hosts = base64.urlsafe_b64encode(json.dumps({"localhost": [0, 1]}).encode()).decode()
     alone = ["--master_addr=127.0.0.1", "--master_port=29999", "--no_local_rank"]
@@ -113,15 +121,12 @@ def test_the_place_that_a_real_launcher_gives(launcher: str, tmp_path: Path):
         "deepspeed": ["deepspeed.launcher.launch", f"--world_info={hosts}", *alone],
         "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node=2"],
     }[launcher]
-    environ = os.environ | {"DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-m", *command, script], env=environ, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    started = workers.start(LAUNCH, environment=dict(os.environ), command=[*command, str(script)])
+    assert started.join() == 0, started.output()
     for rank in (0, 1):
-        said = (tmp_path / f"rank-{rank}").read_text()
-        assert f"Place(rank={rank}, world=2, local_rank={rank}, local_world=2, " in said
-        assert said.endswith(f"launcher='{launcher}')")
+        place = environment(json.loads((tmp_path / f"rank-{rank}").read_text()))
+        assert (place.rank, place.world, place.local_rank, place.local_world) == (rank, 2, rank, 2)
+        assert place.launcher == launcher
 
 
 def without(environ: dict[str, str], *names: str) -> dict[str, str]:

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
+from .case import END, Case
 from .ferry import Ferry
-from .test_faults import END, Case
 from .zygote import Zygote
 
 KILLED, CUT = 24, 40  # the images before which node 1 loses its rank, and its network
@@ -93,16 +93,13 @@ def fed(folder: Path) -> dict[int, list[dict[str, Any]]]:
 @pytest.mark.program("ip")
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 def test_a_rank_is_lost_and_comes_back_a_node_is_cut_off_and_the_other_goes_on_alone(
-    zygote: Zygote, tiny: Path, tmp_path: Path
+    zygote: Zygote, straight: Case, tiny: Path, tmp_path: Path
 ):
-    straight, case = Case(zygote, tmp_path / "straight" / "run", tiny), Case(zygote, tmp_path / "nodes" / "run", tiny)
-    for one in (straight, case):
-        one.folder.parent.mkdir()
-    alone = zygote.group(tmp_path / "rank", "node_cases", straight.folder.parent, "[]", *straight.command())
-    assert alone.codes == [0, 0], alone.errors
+    case = Case(zygote, tmp_path / "nodes" / "run", tiny)
+    case.folder.parent.mkdir()
     ferry = Ferry(zygote, tmp_path / "ferry", "node_cases", (case.folder.parent, json.dumps([KILLED, CUT])))
     program = ferry.program(tmp_path / "rank.py")
-    with nodes() as (first, second):
+    with nodes() as (first, second), ferry:
         logs = [tmp_path / f"node-{node.number}" for node in (first, second)]
         command = [program, *case.command("watchdog=6")]
         here, there = (node.torchrun(log, *command) for node, log in zip((first, second), logs, strict=True))

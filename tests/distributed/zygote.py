@@ -1,4 +1,4 @@
-"""Groups of ranks without launch costs: forks of one process that has imported everything (rank.py).
+"""Groups of ranks without launch costs: forks of the process that has imported everything (tests/command.py).
 
 An interpreter that imports torch, timm and DeepSpeed takes ten seconds of a core, a fork none: so many groups stay
 affordable. Each rank is a process of its own all the same, which can be killed, and comes to its interpreter's real end
@@ -6,6 +6,7 @@ where a test asks for it.
 """
 
 import json
+import os
 import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -36,11 +37,17 @@ class Group:
         return [rank.pid for rank in self.ranks]
 
 
-class Zygote(Workers):
-    """Use as a context. Starts groups as torchrun would, and waits for their ranks."""
+class Zygote:
+    """Starts groups as torchrun would, and waits for their ranks."""
 
-    def __init__(self) -> None:
-        super().__init__(f"import sys; sys.path.insert(0, {str(HERE)!r}); from rank import become")
+    def __init__(self, workers: Workers) -> None:
+        self._workers = workers
+
+    def start(self, code: str, **values: Any) -> Worker:
+        """One fork, in which this folder can be imported and `become` makes a rank (rank.py)."""
+        return self._workers.start(
+            f"import sys; sys.path.insert(0, {str(HERE)!r}); from rank import become\n{code}", **values
+        )
 
     def group(
         self,
@@ -59,7 +66,7 @@ class Zygote(Workers):
         stands, and ends with code 1. end: whether how their interpreters end is to be seen (workers.py).
         """
         begin, store = time.perf_counter(), None
-        environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | (env or {})
+        environment = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | (env or {})
         if world > 1:
             # As torchrun has it: the launcher keeps the store, and tells its ranks where.
             store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -80,8 +87,13 @@ class Zygote(Workers):
             )
             for rank in range(world)
         ]
-        for rank in range(world) if only is None else only:
-            ranks[rank].join()
+        try:
+            for rank in range(world) if only is None else only:
+                ranks[rank].join()
+        except BaseException:  # who waited was interrupted
+            for rank in ranks:
+                rank.kill()
+            raise
         print(f"{script} on {world} ranks: {time.perf_counter() - begin:.1f} s")
         return Group(ranks, [Path(f"{log}.{rank}.err").read_text() for rank in range(world)])
 

@@ -37,6 +37,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "fault(name, varies=False): the row of the table of faults that this test fills")
+    if config.getoption("--fault-table", default=None) and config.getoption("numprocesses", default=None):
+        raise pytest.UsageError("--fault-table: a table is filled by one process; leave out -n")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -9,7 +9,6 @@ import pytest
 
 from ..workers import Workers
 from .night import SCALES, Night, night_of
-from .runs import trainers
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -17,21 +16,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained() -> Iterator[Workers]:
-    with trainers() as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
 def night(
-    trained: Workers, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+    workers: Workers, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[Night]:
     """One in which all was told as it should be; where other work on this machine spoilt it, a slower one."""
     for scale in SCALES:
-        with night_of(tmp_path_factory.mktemp("night"), trained, scale) as night:
+        with night_of(tmp_path_factory.mktemp("night"), workers, scale) as night:
             print(night.table())
             if night.disturbed and night.wrong() and scale != SCALES[-1]:
-                print(f"{night.wrong()} told something else, and {night.disturbed}: once more, slower")
+                print(f"{night.wrong()} went otherwise, and {night.disturbed}: once more, slower")
                 continue
             if target := request.config.getoption("--alert-table", default=None):
                 Path(target).write_text(night.table())

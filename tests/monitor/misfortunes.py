@@ -6,10 +6,7 @@ It meets its fault at the first step after a file has appeared, so that all runs
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -18,20 +15,10 @@ from typing import Any
 
 import torch
 from gristmill.ops.cli import main
-from gristmill.ops.launch import quiet_deepspeed
 from gristmill.ops.monitor import observer
 from gristmill.ops.monitor.disks import Disks
 from gristmill.ops.run import Run
 from gristmill.ops.teacher import EmaTeacher
-from gristmill.ops.train import train as training
-from gristmill.pipeline.augment import cpu
-from pyarrow import dataset, pandas_compat
-
-PRELOADED = (training, cpu, dataset, pandas_compat)  # what a run imports on its way
-quiet_deepspeed()
-gc.collect()
-gc.freeze()  # forks need not look through all of this again
-PDEATHSIG = 1  # of prctl(2): the signal that this process gets when its parent ends
 
 
 class Pace:
@@ -98,7 +85,6 @@ BEFALL: dict[str, Callable[[Run, Any], None]] = {
 
 def train(name: str, arguments: list[str], environment: dict[str, str], said: str, pace: float, sign: str) -> None:
     """Be one rank of the run `name`: `gristmill train demo ...` with its misfortune, if it has one here."""
-    ctypes.CDLL(None).prctl(PDEATHSIG, signal.SIGKILL)  # no run outlives its night, however that ends
     file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(file, 1)
     os.dup2(file, 2)

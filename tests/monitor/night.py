@@ -22,9 +22,10 @@ from gristmill.shards.manifest import Manifest
 
 from ..disks import mounted
 from ..faulty_http import FaultyServer
+from ..waiting import wait_for
 from ..workers import Workers
 from .runs import PACE, Running
-from .watchers import Notice, Watchers, wait_for, watchers
+from .watchers import Notice, Watchers, watchers
 
 SCALES = (1 / 75, 1 / 25)  # a minute of the rules passes in 0.8 seconds; in 2.4 where the machine is busy elsewhere
 SCRAPE = 37.5  # seconds, to be scaled, between two scrapes
@@ -36,16 +37,20 @@ START = 240.0  # seconds for all runs to begin, on a machine that is busy
 
 
 class Case(NamedTuple):
-    """A run: what befalls it, in words, and what has to be told, in any order."""
+    """A run: what befalls it, in words, what has to be told, in any order, and how its ranks end; None: they do not."""
 
     what: str
     told: frozenset[str]
-    world: int = 1
+    codes: tuple[int | None, ...] = (None,)
+
+    @property
+    def world(self) -> int:
+        return len(self.codes)
 
 
 CASES = {
     "healthy": Case("nothing", frozenset()),
-    "ended": Case("nothing; it ends well", frozenset()),
+    "ended": Case("nothing; it ends well", frozenset(), (0,)),
     "slow": Case("each request to the storage takes long", frozenset({"GristmillStarvedByStorage"})),
     "damaged": Case("a shard's bytes rot", frozenset({"GristmillDataDamaged"})),
     "collapsed": Case("all prototypes become one", frozenset({"GristmillCollapseUniform"})),
@@ -53,9 +58,9 @@ CASES = {
     "poisoned": Case("pixels that are no numbers in six batches", frozenset({"GristmillBadSteps"})),
     "hung": Case("a step does not end", frozenset({"GristmillNoProgress"})),
     "full": Case("the checkpoints' disk is full", frozenset({"GristmillDiskFull"})),
-    "killed": Case("kill -9 of one rank of two", frozenset({"GristmillRanksMissing"}), 2),
-    "stopped": Case("SIGSTOP of one rank of two", frozenset({"GristmillRanksMissing"}), 2),
-    "straggling": Case("one rank of two is slower", frozenset({"GristmillStraggler"}), 2),
+    "killed": Case("kill -9 of one rank of two", frozenset({"GristmillRanksMissing"}), (76, -signal.SIGKILL)),
+    "stopped": Case("SIGSTOP of one rank of two", frozenset({"GristmillRanksMissing"}), (None, None)),
+    "straggling": Case("one rank of two is slower", frozenset({"GristmillStraggler"}), (None, None)),
 }
 
 
@@ -99,9 +104,15 @@ class Night:
         return first
 
     def wrong(self) -> list[str]:
-        """Runs of which something else was told than should be."""
-        shown = [name for name in CASES if name != "full" or not self.no_disk]
-        return [name for name in shown if set(self.fired(name)) != CASES[name].told]
+        """Runs of which something else was told than should be, or too early, or whose ranks did not end as they should."""
+        found = []
+        for name, case in CASES.items():
+            shown = name != "full" or not self.no_disk
+            early = any(one.at < self.struck[name] for one in self.notices(name))
+            told = set(self.fired(name)) == case.told or not shown
+            if early or not told or self.codes[name] != list(case.codes):
+                found.append(name)
+        return found
 
     def story(self, run: str) -> str:
         """All that is known about a run, for the message of a failure."""
@@ -181,9 +192,9 @@ def _until_all_train(night: Night, watch: Watchers) -> None:
             assert all(code is None or (code, name) == (0, "ended") for code in run.codes()), run.errors()
         return len(watch.query("max_over_time(gristmill_steps_total[10m]) > 8")) == ranks
 
-    wait_for(train, START, "all runs train")
+    wait_for(train, START, "all runs train", every=0.1)
     until = time.monotonic() + WARM * night.scale
-    wait_for(lambda: time.monotonic() > until and train(), START, "all runs go on")
+    wait_for(lambda: time.monotonic() > until and train(), START, "all runs go on", every=0.1)
 
 
 def _until_all_is_told(night: Night) -> None:
@@ -198,7 +209,7 @@ def _until_all_is_told(night: Night) -> None:
         missing = any(not case.told <= set(night.fired(name)) for name, case in CASES.items())
         return not missing or left < -AFTER * night.scale / 2
 
-    wait_for(told, START + 2 * AFTER * night.scale, "the end of the night")
+    wait_for(told, START + 2 * AFTER * night.scale, "the end of the night", every=0.1)
 
 
 def _disturbed(watch: Watchers, seconds: float) -> str:

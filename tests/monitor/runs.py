@@ -21,9 +21,7 @@ HERE = Path(__file__).parent
 PACE = 0.75  # seconds that each step sleeps: of its own it takes 0.045 of a core, and fifteen ranks live side by side
 
 
-def trainers() -> Workers:
-    """What the runs are forked from: a process that has imported all that a training imports."""
-    return Workers(f"import sys; sys.path.insert(0, {str(HERE)!r}); import misfortunes")
+TRAIN = f"import sys; sys.path.insert(0, {str(HERE)!r}); import misfortunes; misfortunes.train(**values)"
 
 
 class Running:
@@ -33,7 +31,7 @@ class Running:
                  more: Sequence[str]) -> None:  # fmt: skip
         self.name, self.world, self.folder, self.sign = name, world, folder / name, folder / f"{name}.strike"
         self.said = [folder / f"{name}.{rank}.said" for rank in range(world)]
-        common = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        common = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
         if world > 1:
             self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             common |= {
@@ -49,7 +47,7 @@ class Running:
                 "name": name, "arguments": arguments, "said": str(said), "pace": PACE, "sign": str(self.sign),
                 "environment": common | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}),
             }  # fmt: skip
-            self.ranks.append(workers.start("misfortunes.train(**values)", values=values))
+            self.ranks.append(workers.start(TRAIN, values=values))
 
     def strike(self) -> None:
         """Let its fault from within begin."""

@@ -8,14 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-import socket
-import subprocess
 import threading
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,11 +21,12 @@ from typing import Any
 import yaml
 from gristmill.ops.monitor import alerts
 
+from ..servers import DIRECT, program
+
 ROUTES = Path(alerts.__file__).parent / "rules" / "alertmanager.yml"
 SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 WAITS = ("group_wait", "group_interval", "repeat_interval")
 FORGOTTEN = 6.0  # seconds after which a target that was taken away is scraped no more
-PATIENCE = 60.0  # seconds until a program that was started answers
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,7 @@ class Watchers:
         return self._ask("/api/v1/alerts")["alerts"]
 
     def _ask(self, path: str) -> Any:
-        with urllib.request.urlopen(self.prometheus + path, timeout=30) as answer:
+        with DIRECT.open(self.prometheus + path, timeout=30) as answer:
             return json.load(answer)["data"]
 
 
@@ -115,7 +112,7 @@ def watchers(folder: Path, targets: Path, *, scale: float, scrape: float) -> Ite
         rules = folder / "gristmill.yml"
         text, late = _ruled(scale, scrape)
         rules.write_text(text)
-        with _program(folder, "prometheus-alertmanager", routes, "--cluster.listen-address=") as alertmanager:
+        with program(folder, "prometheus-alertmanager", routes, "--cluster.listen-address=") as alertmanager:
             often = alerts.duration(scrape)
             config = {
                 "global": {"scrape_interval": often, "scrape_timeout": often, "evaluation_interval": often},
@@ -131,7 +128,7 @@ def watchers(folder: Path, targets: Path, *, scale: float, scrape: float) -> Ite
                 ],
             }
             (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-            with _program(folder, "prometheus", folder / "prometheus.yml") as prometheus:
+            with program(folder, "prometheus", folder / "prometheus.yml") as prometheus:
                 yield Watchers(inbox, scale, prometheus, alertmanager, late)
 
 
@@ -171,57 +168,3 @@ def _routed(config: dict[str, Any], url: str, scale: float) -> dict[str, Any]:
 
 def _seconds(duration: str) -> float:
     return sum(float(number) * SECONDS[unit] for number, unit in re.findall(r"(\d+)(ms|[smhd])", duration))
-
-
-@contextmanager
-def _program(folder: Path, name: str, config: Path, *flags: str) -> Iterator[str]:
-    """One of the two with its data under `folder`, from when it answers; yields its address."""
-    said = folder / f"{name}.err"
-    storage = "--storage.tsdb.path" if name == "prometheus" else "--storage.path"
-    for _ in range(5):  # somebody else may take the port between our look and its start
-        address = f"127.0.0.1:{_free_port()}"
-        own = [f"--config.file={config}", f"{storage}={folder / name}", f"--web.listen-address={address}"]
-        with said.open("w") as err:
-            process = subprocess.Popen([name, *own, "--log.level=warn", *flags], stdout=err, stderr=err, cwd=folder)
-        try:
-            until = time.monotonic() + PATIENCE
-            while process.poll() is None and not _ready(f"http://{address}/-/ready"):
-                assert time.monotonic() < until, said.read_text()
-                time.sleep(0.05)
-            if process.poll() is not None and "address already in use" in said.read_text():
-                continue
-            assert process.poll() is None, said.read_text()
-            yield f"http://{address}"
-            assert process.poll() is None, said.read_text()
-            return
-        finally:
-            process.terminate()
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-    raise AssertionError(said.read_text())
-
-
-def _ready(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
-            return answer.status == 200
-    except (urllib.error.URLError, OSError):
-        return False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def wait_for(happened: Callable[[], Any], seconds: float, what: str) -> Any:
-    """What `happened` returns once it is true; AssertionError saying `what` after so many seconds."""
-    until = time.monotonic() + seconds
-    while not (found := happened()):
-        assert time.monotonic() < until, f"not within {seconds:.0f} s: {what}"
-        time.sleep(0.1)
-    return found

@@ -13,7 +13,7 @@ from PIL import Image
 
 from .. import disks
 from ..faulty_http import FaultyServer
-from ..servers import WEED_MISSING, Server, find_weed, weed_server
+from ..servers import WEED_MISSING, Server, find_weed, kept_ports, weed_server
 from .cached import QUICK, content
 from .remotes import DATA
 from .tars import tar
@@ -88,3 +88,10 @@ def weed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         pytest.skip(WEED_MISSING)
     with weed_server(tmp_path_factory.mktemp("weed")) as server:
         yield server
+
+
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    """A port on which nothing listens, until the test itself does."""
+    with kept_ports(1) as [port]:
+        yield port

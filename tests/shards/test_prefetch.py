@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,10 @@ from gristmill.shards.prefetch import Prefetcher
 from gristmill.shards.remote import HttpBlob
 
 from ..faulty_http import FaultyServer
+from ..waiting import wait_for
 from .cached import ENTRY, QUICK, content, fetched, taken
+
+soon = partial(wait_for, seconds=20.0, every=0.005)
 
 
 class Stream:
@@ -37,21 +40,14 @@ class Stream:
         return [number for number in range(12) if str(number) in self.cache]
 
 
-def wait_for(true: Callable[[], bool], seconds: float = 20) -> None:
-    until = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < until, "it did not come about"
-        time.sleep(0.005)
-
-
 def test_what_is_needed_next_is_there_and_the_budget_holds(tmp_path: Path, server: FaultyServer):
     stream = Stream(tmp_path, server, 4)
     with Prefetcher(stream.cache, stream.upcoming, stream.open, threads=2) as ahead:
-        wait_for(lambda: stream.here() == [0, 1, 2, 3] and ahead.stats.left > 0)
+        soon(lambda: stream.here() == [0, 1, 2, 3] and ahead.stats.left > 0)
         for at in range(12):
             stream.at = at
             ahead.poke()
-            wait_for(lambda at=at: str(at) in stream.cache)
+            soon(lambda at=at: str(at) in stream.cache)
             with fetched(stream.cache.lookup(str(at))) as lease:
                 assert lease.read(0, 10**6) == content(at)
             assert taken(tmp_path) <= stream.cache.budget
@@ -64,7 +60,7 @@ def test_a_shard_that_cannot_be_had_does_not_hold_up_the_others(tmp_path: Path, 
     del server.files["/1.tar"]
     stream = Stream(tmp_path, server, 20)
     with Prefetcher(stream.cache, stream.upcoming, stream.open, threads=1) as ahead:
-        wait_for(lambda: len(stream.here()) == 11)
+        soon(lambda: len(stream.here()) == 11)
         assert ahead.stats.failed == 1
         assert "404" in ahead.stats.last_error
         ahead.poke()
@@ -80,7 +76,7 @@ def test_closing_ends_what_is_in_flight(tmp_path: Path, server: FaultyServer, fa
     ahead = Prefetcher(
         stream.cache, stream.upcoming, lambda key: HttpBlob(server.url(f"/{key}.tar"), patient), threads=1
     )
-    wait_for(lambda: len(server.asked("/0.tar")) > 1 or (fault["kind"] == "stall" and len(server.log) > 0))
+    soon(lambda: len(server.asked("/0.tar")) > 1 or (fault["kind"] == "stall" and len(server.log) > 0))
     ahead.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("gristmill-prefetch")]
     ahead.close()
@@ -94,7 +90,7 @@ def test_an_error_of_the_order_surfaces(tmp_path: Path, server: FaultyServer):
         raise ZeroDivisionError("the order is broken")
 
     with Prefetcher(stream.cache, broken, stream.open) as ahead:
-        wait_for(lambda: ahead._crash is not None)
+        soon(lambda: ahead._crash is not None)
         with pytest.raises(ZeroDivisionError):
             ahead.poke()
 
@@ -109,4 +105,4 @@ def test_a_forked_child_has_no_prefetcher_and_loses_nothing(tmp_path: Path, serv
             lease = stream.cache.fetch("11", stream.open("11"), wait=10)
             os._exit(0 if lease is not None and lease.read(0, 8) == b"00000011" else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        wait_for(lambda: len(stream.here()) == 12)
+        soon(lambda: len(stream.here()) == 12)

@@ -11,7 +11,7 @@ from gristmill.shards import Labels, Manifest, verify
 from gristmill.shards.ingest import FetchConfig, IngestConfig, IngestError, ingest, outcomes
 
 from .sets import SMALL, counted, encoded, key, ledger, scene, scenes, stored, tree
-from .web import Page, Web, closed_port
+from .web import Page, Web
 
 QUICK = FetchConfig(allow_private=True, tries=2, first_pause=0.01, longest_pause=0.02, timeout=5, connect_timeout=2)
 URLS = IngestConfig(unit=4, shard_samples=7, fetch=QUICK)
@@ -92,9 +92,8 @@ def images() -> dict[str, bytes]:
     return {f"/{number}.jpg": encoded(scene(number)) for number in range(10)}
 
 
-def test_only_what_failed_is_asked_for_again(tmp_path: Path, images: dict[str, bytes]) -> None:
+def test_only_what_failed_is_asked_for_again(tmp_path: Path, images: dict[str, bytes], closed_port: int) -> None:
     """Three servers: one that answers, one that fails half of the time, and one that is down at first."""
-    port = closed_port()
     out, urls = tmp_path / "out", tmp_path / "urls.txt"
     good = {name: Page(body=data) for name, data in images.items()}
     half = {name: Page(body=data + b"\0") for name, data in images.items()} | {"/9.jpg": Page(404)}
@@ -102,7 +101,7 @@ def test_only_what_failed_is_asked_for_again(tmp_path: Path, images: dict[str, b
         half[name] = Page(503)
     with Web(good) as one, Web(half) as two:
         lines = [one.url(name) for name in images] + [two.url(name) for name in images]
-        lines += [f"http://127.0.0.1:{port}{name}" for name in list(images)[:4]]
+        lines += [f"http://127.0.0.1:{closed_port}{name}" for name in list(images)[:4]]
         urls.write_text("\n".join(lines))
         report = ingest([urls], out, URLS, workers=1)
         assert report.inputs == 24
@@ -121,7 +120,7 @@ def test_only_what_failed_is_asked_for_again(tmp_path: Path, images: dict[str, b
         half |= {name: Page(body=images[name] + b"\0") for name in ("/0.jpg", "/1.jpg", "/2.jpg")}
         two.pages.update(half)
         count = len(one.seen), len(two.seen)
-        with Web({name: Page(body=encoded(scene(50 + i))) for i, name in enumerate(images)}, port=port) as three:
+        with Web({name: Page(body=encoded(scene(50 + i))) for i, name in enumerate(images)}, port=closed_port) as three:
             report = ingest([], out, URLS, retry_failed=True, workers=1)
             assert report.outcomes == {"kept": 7}
             assert (len(one.seen) - count[0], len(two.seen) - count[1]) == (0, 3)

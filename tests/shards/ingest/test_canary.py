@@ -10,7 +10,7 @@ import pytest
 
 from ...workers import Worker, Workers
 from .sets import encoded, ledger, scene
-from .web import Page, Web, closed_port
+from .web import Page, Web
 
 CANARY = "c4nary"
 
@@ -42,7 +42,7 @@ def scraped(worker: Worker) -> list[str]:
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
-def test_no_secret_leaves_the_work_folder(tmp_path: Path, workers: Workers, form: str) -> None:
+def test_no_secret_leaves_the_work_folder(tmp_path: Path, workers: Workers, form: str, closed_port: int) -> None:
     pages = {f"/{number}.jpg": Page(body=encoded(scene(number))) for number in range(6)}
     pages |= {"/gone.jpg": Page(404, body=CANARY.encode()), "/ill.jpg": Page(503), "/text.jpg": Page(body=b"<html>")}
     pages["/away.jpg"] = Page(302, (("Location", f"http://{CANARY}:{CANARY}@127.0.0.1/x?{CANARY}"),))
@@ -52,7 +52,7 @@ def test_no_secret_leaves_the_work_folder(tmp_path: Path, workers: Workers, form
         lines = [f"http://{host}{name}?sig={CANARY}-{n}&x=1#{CANARY}" for n, name in enumerate(pages)]
         lines += [f"http://user:{CANARY}pass@{host}/{number}.jpg" for number in range(3)]
         lines += [f"http://{CANARY}@{host}/4.jpg", f"ftp://u:{CANARY}@{host}/x", f"http://{host}:bad/{{}}?{CANARY}"]
-        lines += [f"http://u:{CANARY}@127.0.0.1:{closed_port()}/down.jpg?{CANARY}"]
+        lines += [f"http://u:{CANARY}@127.0.0.1:{closed_port}/down.jpg?{CANARY}"]
         quoted = [f'"{line}","a caption http://x.example/y?key={CANARY}"' for line in lines]
         (tmp_path / "urls.csv").write_text("\n".join(["url,caption", *quoted]))
         arguments = [

@@ -12,7 +12,7 @@ from gristmill.shards.ingest.candidate import Outcome
 from gristmill.shards.ingest.fetch import Fetcher
 
 from ...faulty_http import FaultyServer
-from .web import FORM, Page, Web, candidates, closed_port, fetchers
+from .web import FORM, Page, Web, candidates, fetchers
 
 BODY = bytes(range(256)) * 200
 QUICK: dict[str, Any] = {"first_pause": 0.01, "longest_pause": 1.0}
@@ -171,8 +171,10 @@ def test_a_host_that_takes_no_connection(fetcher: Callable[..., Fetcher]):
     assert found.problem == (Outcome.NO_CONNECTION, "no connection within 0.3 s (2 tries)")
 
 
-def test_a_dead_host_is_given_up_and_its_neighbour_is_not(server: FaultyServer, fetcher: Callable[..., Fetcher]):
-    dead = f"http://127.0.0.1:{closed_port()}/a"
+def test_a_dead_host_is_given_up_and_its_neighbour_is_not(
+    server: FaultyServer, fetcher: Callable[..., Fetcher], closed_port: int
+):
+    dead = f"http://127.0.0.1:{closed_port}/a"
     one = fetcher(give_up_after=10, per_host=4)
     found = list(one.fetch(candidates(*(dead if number % 2 else server.url("/b.jpg") for number in range(400)))))
     assert all(candidate.data == FORM for candidate in found[::2])
@@ -183,13 +185,12 @@ def test_a_dead_host_is_given_up_and_its_neighbour_is_not(server: FaultyServer, 
     assert one.stats.hosts.worst() == [("127.0.0.1", 200, 0)]
 
 
-def test_a_host_that_is_back_is_asked_again(fetcher: Callable[..., Fetcher]):
-    port = closed_port()
+def test_a_host_that_is_back_is_asked_again(fetcher: Callable[..., Fetcher], closed_port: int):
     one = fetcher(give_up_after=2, give_up_seconds=0.2, tries=1, per_host=1)
-    url = f"http://127.0.0.1:{port}/a.jpg"
+    url = f"http://127.0.0.1:{closed_port}/a.jpg"
     assert [bool(found.problem) for found in one.fetch(candidates(url, url, url))] == [True, True, True]
     assert one.stats.requests == 2
-    with Web({"/a.jpg": Page(body=BODY)}, "127.0.0.1", port):
+    with Web({"/a.jpg": Page(body=BODY)}, "127.0.0.1", closed_port):
         found = list(one.fetch(candidates(*[url] * 20)))
         while found[-1].data is None:
             found = list(one.fetch(candidates(url)))

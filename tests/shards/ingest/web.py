@@ -4,7 +4,6 @@ What goes wrong below HTTP is faulty_http.py's; this one is for statuses, header
 servers, and bodies that never end.
 """
 
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -172,9 +171,3 @@ def meanwhile(condition: Callable[[], bool], action: Callable[[], object]) -> It
 def candidates(*urls: str) -> list[Candidate]:
     """One candidate a url, numbered, with a locator as sources make them."""
     return [Candidate(number, f"list.txt#{number}", url=url) for number, url in enumerate(urls)]
-
-
-def closed_port(address: str = "127.0.0.1") -> int:
-    """A port on which nothing listens."""
-    with socket.create_server((address, 0)) as server:
-        return server.getsockname()[1]
