@@ -28,6 +28,7 @@ from .monitor.ports import PORT
 from .objectives_config import NAMES, ObjectivesConfig, Piece
 from .optimizers import OptimizerConfig
 from .tiny import shrink
+from .trackers import LogConfig
 
 # Of objectives.
 RECIPES = Path(__file__).parent / "recipes"
@@ -191,6 +192,7 @@ class Recipe(Piece):
     checkpoint: CheckpointConfig = CheckpointConfig()
     probes: ProbeConfig = ProbeConfig()
     metrics: MetricsConfig = MetricsConfig()
+    log: LogConfig = LogConfig()
 
     @field_validator("views", mode="before")
     @classmethod

@@ -1,8 +1,7 @@
 """A run: the parts that a recipe asks for, put together, saved and restored as one. The loop is in train.py.
 
-The run folder holds everything that a user may want afterwards: recipe.yaml (as resolved), metrics.jsonl,
-checkpoints/, captures/, quarantine.jsonl, crops.npz (the first batch as it was fed), neighbours.npz, report.html. All
-ranks read it; only rank 0 writes it, but for each rank's part of a checkpoint and its own finds of damage.
+The run folder holds everything that a user may want afterwards (about.py says what is what), and no secret. All ranks
+read it; only rank 0 writes it, but for each rank's part of a checkpoint and its own finds of damage.
 """
 
 from __future__ import annotations
@@ -29,16 +28,19 @@ from ..pipeline.cursor import Cursor
 from ..pipeline.draws import Plan
 from ..pipeline.loader import Batch, Loader
 from ..shards.quarantine import Quarantine
+from .about import resolved
 from .checkpoint import CheckpointError, Content, Saved, newest
 from .engine import Engine
 from .feed import Feed
+from .fitting import together
 from .guard import Guard, Verdict
 from .heap import keep_no_heap
 from .importing import Initial, read_initial
 from .inputs import Inputs, Origin
 from .networks import build_mixture, build_student
 from .ranks import drifted, gather, gather_texts
-from .recipe import Recipe, RecipeError, dump_recipe
+from .recipe import Recipe, RecipeError
+from .redacted import without_secrets
 from .refresh import embed_all
 from .runlog import NoLog, RunLog
 from .stores import open_store
@@ -47,7 +49,7 @@ from .writer import Writer
 # What may differ between a checkpoint's recipe and the one that goes on with it: nothing that decides more than rounding,
 # and the data, which the cursor answers for.
 FREE = (
-    "name", "data", "threads", "metrics", "checkpoint", "probes", "stream.prefetch", "stream.reader_threads",
+    "name", "data", "threads", "metrics", "log", "checkpoint", "probes", "stream.prefetch", "stream.reader_threads",
     "stream.stall", "stream.deadline", "stream.cache", "stream.take_up", "stream.mixture_from", "stream.augment",
     "engine", "guard", "watchdog",
 )  # fmt: skip
@@ -233,7 +235,7 @@ class Run:
             state={
                 "cursor": self.cursor.to_json(),
                 "guard": self.guard.state(),
-                "recipe": self.recipe.model_dump(mode="json"),
+                "recipe": without_secrets(self.recipe.model_dump(mode="json")),
                 "topology": self.topology(),
                 "images": self.feed.images,
                 "versions": versions(),
@@ -258,7 +260,7 @@ class Run:
         saved, told = newest(self.store, self.rank, self.world, self.total)
         if saved is None:
             if self.rank == 0:
-                (self.folder / "recipe.yaml").write_text(dump_recipe(self.recipe))
+                (self.folder / "recipe.yaml").write_text(resolved(self.recipe))
             self.log.rewind(0)
             torch.set_num_threads(self.threads)
             if self.begun:
@@ -337,7 +339,8 @@ class Run:
                     )
 
     def _check_recipe(self, saved: Saved) -> None:
-        now, then = flatten(self.recipe.model_dump(mode="json")), flatten(saved.state["recipe"])
+        recipes = self.recipe.model_dump(mode="json"), saved.state["recipe"]
+        now, then = (flatten(without_secrets(recipe)) for recipe in recipes)
         differing = [
             f"{key}: {then.get(key, 'absent')!r} there, {now.get(key, 'absent')!r} now"
             for key in sorted(now.keys() | then.keys())
@@ -363,15 +366,6 @@ class Run:
 def versions() -> dict[str, str]:
     """Of what a run is made with, as imported: files that are replaced while it runs change nothing of it."""
     return {name: importlib.metadata.version(name) for name in VERSIONS}
-
-
-def together(recipe: Recipe) -> dict[str, int]:
-    """Numbers of images that must share a forward, by the field that says so."""
-    found = {"student.virtual_batch": recipe.student.virtual_batch, "student.shuffle": recipe.student.shuffle}
-    for name, config in recipe.objectives.chosen().items():
-        for field in ("virtual_batch", "exclusion_batch"):
-            found[f"objectives.{name}.{field}"] = getattr(config, field, None)
-    return {field: images for field, images in found.items() if images}
 
 
 def flatten(tree: Any, path: str = "") -> dict[str, Any]:

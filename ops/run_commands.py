@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
 from .commands import FOLDER, example, main
+
+
+@contextmanager
+def at_once() -> Iterator[None]:
+    """A Ctrl-C that did not wait: said in a line, exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo("ended at once; the same command goes on from what is there", err=True)
+        sys.exit(130)
 
 
 @main.command(
@@ -46,13 +58,17 @@ def demo(out: Path, images: Path | None, tiny: bool, seed: int, overrides: tuple
     """
     from .demo import run_demo
 
-    sys.exit(run_demo(out, images, tiny=tiny, seed=seed, overrides=overrides))
+    with at_once():
+        code = run_demo(out, images, tiny=tiny, seed=seed, overrides=overrides)
+    sys.exit(code)
 
 
 @main.command(
     epilog=example(
         "gristmill train demo data=shards/train --out runs/first",
         "gristmill train my.yaml optimizer.lr=0.001 --out runs/b",
+        "gristmill train my.yaml --out runs/b log.tensorboard=true",
+        "gristmill train my.yaml --out runs/b --json | jq -c 'select(.kind == \"step\") | [.position, .loss]'",
     )
 )
 @click.argument("recipe")
@@ -61,14 +77,22 @@ def demo(out: Path, images: Path | None, tiny: bool, seed: int, overrides: tuple
     "--out", type=FOLDER, required=True, help="Run folder; if it has a checkpoint, training goes on from there."
 )
 @click.option("--tiny", is_flag=True, help="Shrink the recipe to run on a laptop CPU in minutes.")
-def train(recipe: str, overrides: tuple[str, ...], out: Path, tiny: bool) -> None:
-    """Train RECIPE (a shipped name or a YAML file), or go on where the run folder's newest checkpoint stands."""
-    from .recipe import load_recipe
+@click.option(
+    "--json", "as_json", is_flag=True, help="Write JSON lines on standard output; docs/training.md has the fields."
+)
+@click.option("--quiet", is_flag=True, help="Show nothing but warnings and errors.")
+def train(recipe: str, overrides: tuple[str, ...], out: Path, tiny: bool, as_json: bool, quiet: bool) -> None:
+    """Train RECIPE (a shipped name or a YAML file), or go on where the run folder's newest checkpoint stands.
 
-    resolved = load_recipe(recipe, overrides, tiny=tiny)
-    from .train import train as run
+    Ctrl-C once stops after a checkpoint (exit code 130), and the same command goes on from there.
+    """
+    with at_once():
+        from .recipe import load_recipe
 
-    ending = run(resolved, out)
+        resolved = load_recipe(recipe, overrides, tiny=tiny)
+        from .train import train as run
+
+        ending = run(resolved, out, form="json" if as_json else "quiet" if quiet else "auto")
     if ending.code:
         click.echo(f"stopped at image {ending.position}; the same command goes on from there", err=True)
     sys.exit(ending.code)

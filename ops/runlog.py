@@ -1,9 +1,12 @@
 """The run folder's log: `metrics.jsonl`, one JSON object a line, and the folder's lock.
 
-Kinds: `step` (losses, schedules, times), `probe` (one row of the table), `probe_cost`, `event` (checkpoints, skips, resumes). On
-resume, lines at or beyond the resumed position are dropped first: those steps are taken again, and a trace must
-not hold a step twice. Probes made at that very position stay when they are whole, for they are what would be measured
-again. One process writes a run folder at a time; the lock is flock's, so none outlives its process.
+Kinds: `step` (losses, schedules, times), `probe` (one row of the table), `probe_cost`, `event` (skips, rollbacks, what
+the run began with). On resume, lines at or beyond the resumed position are dropped first: those steps are taken again,
+and a trace must not hold a step twice. Probes made at that very position stay when they are whole, for they are what
+would be measured again. One process writes a run folder at a time; the lock is flock's, so none outlives its process.
+
+Whoever shows or forwards a run (display, JSON lines, trackers) listens here: `also` gets every line that is written,
+and those that are only told.
 """
 
 from __future__ import annotations
@@ -11,14 +14,24 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from ..shards.addresses import redact
 from ..shards.errors import GristmillError
+
+Line = dict[str, Any]
 
 
 class RunFolderError(GristmillError):
     """A run folder that cannot be used."""
+
+
+class Notes(Protocol):
+    """Takes lines for whoever looks on."""
+
+    def note(self, line: str) -> None: ...
 
 
 class RunLog:
@@ -36,9 +49,18 @@ class RunLog:
             ) from error
         self._file = self.path.open("a", buffering=1)
         self.probed: set[int] = set()  # positions whose probes the log still holds after `rewind`
+        self.also: list[Callable[[Line], object]] = []  # who else gets each line
 
     def write(self, kind: str, **values: Any) -> None:
-        self._file.write(json.dumps({"kind": kind, **values}) + "\n")
+        """Append a line, and tell it. Urls in its texts lose their passwords."""
+        line = {"kind": kind, **{name: redact(v) if isinstance(v, str) else v for name, v in values.items()}}
+        self._file.write(json.dumps(line) + "\n")
+        self.tell(**line)
+
+    def tell(self, kind: str, **values: Any) -> None:
+        """A line for those who listen; the log does not keep it."""
+        for listener in self.also:
+            listener({"kind": kind, **values})
 
     def rewind(self, position: int) -> None:
         """Drop every line at or beyond `position`, and a torn last line."""
@@ -70,8 +92,12 @@ class NoLog:
     def __init__(self, folder: Path):
         self.path = folder / "metrics.jsonl"
         self.probed: set[int] = set()
+        self.also: list[Callable[[Line], object]] = []
 
     def write(self, kind: str, **values: Any) -> None:
+        pass
+
+    def tell(self, kind: str, **values: Any) -> None:
         pass
 
     def rewind(self, position: int) -> None:
@@ -81,7 +107,7 @@ class NoLog:
         pass
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
+def read_log(path: Path) -> list[Line]:
     """All whole lines of a run's log; [] if there is none yet."""
     if not path.is_file():
         return []

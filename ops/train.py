@@ -11,18 +11,16 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import click
 
 from ..pipeline.loader import Batch, Loader
-from ..shards.errors import GristmillError
+from ..shards.addresses import redact
+from .about import describe_run
+from .ahead import Ahead, DataLossError
 from .capture import capture
-from .checkpoint import CheckpointError
 from .clock import Clock
+from .display import Display, Form
 from .evaluate.online import OnlineProbes
 from .launch import flushing, join, leave
 from .lost import Crew
@@ -30,21 +28,20 @@ from .monitor.goodput import Goodput
 from .monitor.metrics import Metrics
 from .monitor.observer import Observer
 from .monitor.serving import serve
-from .progress import Meter
 from .recipe import Recipe
-from .report.attempts import Attempts, why_ended
+from .report.attempts import Attempts, read_attempts, why_ended
 from .report.crops import save_crops
 from .run import Run
+from .runlog import Notes
+from .saving import Saving
 from .schedule import cosine
+from .trackers import Trackers, check_trackers
 from .watchdog import Watchdog
-from .writer import ELSEWHERE
+from .wishes import Wishes
+
+__all__ = ["REQUEUE", "DataLossError", "Ending", "Loop", "train"]
 
 REQUEUE = 75  # exit code after SIGTERM or SIGUSR1 with a checkpoint written: start the same command again (EX_TEMPFAIL)
-IMPATIENT = 2.0  # seconds after which another Ctrl-C is a wish of its own
-
-
-class DataLossError(GristmillError):
-    """Another rank could not read its part of a batch."""
 
 
 @dataclass
@@ -55,39 +52,53 @@ class Ending:
     position: int
 
 
-def train(recipe: Recipe, folder: Path, *, quiet: bool = False) -> Ending:
-    """Train `recipe` in the run folder, or go on where its newest checkpoint stands."""
+def train(recipe: Recipe, folder: Path, *, quiet: bool = False, form: Form = "auto") -> Ending:
+    """Train `recipe` in the run folder, or go on where its newest checkpoint stands.
+
+    form: how it is shown, on rank 0 (display.py). quiet: warnings only, whatever the form.
+    """
+    check_trackers(recipe.log)
     with flushing():
-        return _train(recipe, folder, quiet)
+        return _train(recipe, folder, "quiet" if quiet else form)
 
 
-def _train(recipe: Recipe, folder: Path, quiet: bool) -> Ending:
+def _train(recipe: Recipe, folder: Path, form: Form) -> Ending:
     began = time.time()
     rank, world, device = join()
     crew = Crew(rank, world)
-    asked, before = _listen()
-    run = exporter = watch = attempts = loop = None
+    wishes = Wishes()
+    display = Display("training", recipe.images // recipe.batch * recipe.batch, recipe.batch, world, form)
+    run = exporter = watch = attempts = trackers = loop = None
+    unfinished = False
     try:
+        if rank == 0:
+            display.start()
+            wishes.tell(display.note)
         run = Run(recipe, folder, rank, world, device)
+        run.log.also.append(display.take)
         metrics = Metrics(recipe.name, run.topology())
         log = run.log
         watch = Watchdog(
             rank, world, deadline=recipe.watchdog, report=lambda text: log.write("event", event="stalled", why=text)
         )
-        notes: list[str] = []
-        exporter = serve(recipe.metrics, metrics.registry, rank=rank, world=world, folder=folder, notes=notes.append)
-        with Meter("training", run.end, quiet=quiet or rank > 0) as meter:
-            attempts = Attempts(folder) if rank == 0 else None  # reads the log before what is taken again is dropped
-            goodput = Goodput(folder, attempts.before, started=began) if attempts else None
-            metrics.observe_state("restoring")
-            with watch.patience(3600.0):
-                told = run.restore()
-            if attempts:
-                attempts.begin(run.position)
-            for line in [*told, *notes]:
-                meter.note(line)
-            loop = Loop(run, metrics, meter, watch, asked, goodput)
-            loop.run_to_end()
+        earlier = read_attempts(folder)
+        unfinished = bool(earlier) and earlier[-1].why != "done"
+        exporter = serve(recipe.metrics, metrics.registry, rank=rank, world=world, folder=folder, notes=display.note)
+        attempts = Attempts(folder) if rank == 0 else None  # reads the log before what is taken again is dropped
+        goodput = Goodput(folder, attempts.before, started=began) if attempts else None
+        metrics.observe_state("restoring")
+        with watch.patience(3600.0):
+            told = run.restore()
+        if attempts:
+            attempts.begin(run.position)
+            describe_run(run, started=began)
+        for line in told:
+            display.note(line)
+        display.begin(run.position, trained=run.cursor.trained)
+        with watch.patience(600.0):
+            trackers = Trackers(run, display) if rank == 0 else None
+        loop = Loop(run, metrics, display, watch, wishes.asked, goodput)
+        loop.run_to_end()
     except RuntimeError as error:
         lost = crew.explain(error, *(watch.here() if watch else ("start", 0)))
         if lost is None:
@@ -98,22 +109,33 @@ def _train(recipe: Recipe, folder: Path, quiet: bool) -> Ending:
         crew.ends()
         raise
     finally:
+        error = sys.exc_info()[1]
         if watch:
             watch.close()
         if loop:
-            loop.observer.close(failed=sys.exc_info()[0] is not None)
+            loop.observer.close(failed=error is not None)
+        if trackers:
+            trackers.close(failed=error is not None)
         if exporter:
-            # One that never began to train was a mistake of whoever started it, who reads about it in the terminal.
-            exporter.close(clean=loop is None or sys.exc_info()[0] in (None, KeyboardInterrupt))
+            # One that never began to train was a mistake of whoever started it, who reads about it in the terminal; a
+            # restart by a machine has nobody who reads: what an earlier attempt left unfinished keeps its alarm.
+            mended = loop is None and not unfinished
+            exporter.close(clean=error is None or isinstance(error, KeyboardInterrupt) or mended)
         if run:
             if attempts:
-                attempts.end(run.position, why_ended(asked, sys.exc_info()[1]))
+                attempts.end(run.position, redact(why_ended(wishes.asked, error)))
             run.close()
+        display.close(_code(run, wishes.asked), run.position if run else 0, error)
         leave()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        wishes.close()  # after the others: a launcher may pass on the same Ctrl-C until the end
     assert run is not None
-    return Ending(0 if run.position >= run.end else 130 if asked[:1] == [signal.SIGINT] else REQUEUE, run.position)
+    return Ending(_code(run, wishes.asked), run.position)
+
+
+def _code(run: Run | None, asked: list[int]) -> int:
+    if run is not None and run.position >= run.end:
+        return 0
+    return 130 if asked[:1] == [signal.SIGINT] else REQUEUE
 
 
 class Loop:
@@ -123,29 +145,30 @@ class Loop:
         self,
         run: Run,
         metrics: Metrics,
-        meter: Meter,
+        notes: Notes,
         watch: Watchdog,
         asked: list[int],
         goodput: Goodput | None = None,
     ):
-        self.run, self.meter, self.watch, self.asked = run, meter, watch, asked
+        self.run, self.notes, self.watch, self.asked = run, notes, watch, asked
         self.observer = Observer(run, metrics, goodput)
-        self.probes = OnlineProbes(run, metrics, meter)
+        self.probes = OnlineProbes(run, metrics, notes)
+        self.saving = Saving(run, self.observer, watch, notes)
         self.captured = 0
-        self.due = False  # a checkpoint
         self.clock = Clock()
 
     def run_to_end(self) -> None:
         run = self.run
+        probed = set(self.probes.due)
         self.probe()
         if run.position == 0:
-            self.save()  # a state to go back to, and a disk that refuses is known before the work
+            self.saving.first(probed)
         loader = run.loader()
         feed = Ahead(loader, run.end)
         try:
             feed.fetch()
             if run.position < run.end:
-                self.agree(run.total([float(feed.error is not None)])[0], feed)
+                feed.agree(run.total([float(feed.error is not None)])[0], run.world)
             self.observer.begin()
             self.clock = Clock()
             while run.position < run.end:
@@ -161,6 +184,7 @@ class Loop:
         start, batch = run.position, feed.take()
         if start == 0 and run.rank == 0:
             save_crops(run.folder / "crops.npz", {n: v.cpu().numpy() for n, v in batch.views.items()}, batch.keys)
+            run.log.tell("crops", position=start)
         outcomes = []
         for part in range(run.inputs.parts):
             self.watch.at("forward", start)
@@ -206,14 +230,16 @@ class Loop:
         self.clock.lap("metrics")
 
         stop = bool(verdict.flags["stop"])
-        self.settle(verdict.flags["written"], verdict.flags["failed"])
+        if stop and not self.asked:
+            self.notes.note("another process was asked to stop: stopping, with a checkpoint")
+        self.saving.settle(verdict.flags["written"], verdict.flags["failed"])
         every = run.recipe.checkpoint.every
         ends = stop or bool(verdict.flags["fault"]) or run.position >= run.end
-        self.due |= start // every < run.position // every
-        if ends or (self.due and not verdict.bad):  # no state amid a bad streak: a rollback wants one from before it
-            self.save(wait=ends)
+        self.saving.due |= start // every < run.position // every
+        if ends or (self.saving.due and not verdict.bad):  # no state amid a bad streak: a rollback wants an older one
+            self.saving.save(wait=ends)
         self.clock.lap("checkpoint")
-        self.agree(verdict.flags["fault"], feed)
+        feed.agree(verdict.flags["fault"], run.world)
         self.probe()
         self.clock.pause()  # probes are booked on their own
         return stop
@@ -226,22 +252,15 @@ class Loop:
 
     def _refresh(self) -> None:
         with self.watch.patience(24 * 3600.0), self.observer.doing("refreshing"):
+            self.run.log.tell("state", state="refreshing")
             begin = time.perf_counter()
             for name, missing in self.run.refresh().items():
                 seconds, position = time.perf_counter() - begin, self.run.position
                 about = {"position": position, "objective": name, "missing": missing, "seconds": seconds}
                 self.run.log.write("event", event="refreshed", **about)
                 left = f" but {missing} that are left out or damaged" if missing else ""
-                self.meter.note(f"{name}: all images{left} seen and clustered at image {position}, {seconds:.0f} s")
-
-    def agree(self, faults: float, feed: Ahead) -> None:
-        """All ranks stop when one has no data; that one says why."""
-        if feed.error is not None:
-            raise feed.error
-        if faults:
-            raise DataLossError(
-                f"{faults:.0f} of {self.run.world} processes could not read their data; see their messages"
-            )
+                self.notes.note(f"{name}: all images{left} seen and clustered at image {position}, {seconds:.0f} s")
+        self.run.log.tell("state", state="training")
 
     def leave_out(self, batch: Batch, verdict) -> None:
         """Forget a bad step, and say what was wrong, on which rank, and with which samples."""
@@ -263,7 +282,7 @@ class Loop:
         ranks = f" on rank {', '.join(map(str, where))}" if run.world > 1 and where else ""
         what = "not finite" if verdict.bad != ["spike"] else "far above its mean"
         shown = ", ".join(keys[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
-        self.meter.note(
+        self.notes.note(
             f"step at image {run.position} left out: {', '.join(verdict.bad)} {what}{ranks} (samples {shown or 'unknown'})"
         )
         if self.captured < run.recipe.guard.captures:
@@ -271,7 +290,7 @@ class Loop:
             with self.watch.patience(600.0):
                 path = capture(run, batch, verdict, fed)
             if path:
-                self.meter.note(f"captured; look at it with `gristmill replay {path}`")
+                self.notes.note(f"captured; look at it with `gristmill replay {path}`")
 
     def go_back(self, verdict, batch: Batch) -> None:
         """Return to the last good state and leave out the window."""
@@ -280,109 +299,23 @@ class Loop:
         with self.watch.patience(600.0):
             self.watch.at("checkpoint")
             if run.writer.busy:  # one that fails must not end a run that has an older one to go back to
-                self._finish(must=False)
+                self.saving.finish(must=False)
             position = run.go_back()
         self.observer.rolled_back()
         run.log.write("event", event="rollback", position=run.position, to=position)
-        self.meter.note(f"{run.recipe.guard.patience} bad steps in a row: back to the state of image {position}")
+        self.notes.note(f"{run.recipe.guard.patience} bad steps in a row: back to the state of image {position}")
 
     def observe(self, start: int, verdict, rates: dict[str, float], clock: Clock, loader: Loader) -> None:
         run = self.run
         row = {"position": start, "grad_norm": verdict.grad_norm, **rates, **verdict.logs}
         run.log.write("step", **row, bad=bool(verdict.bad), seconds=clock.seconds)
         self.observer.step(verdict, row, clock.seconds, loader)
-        self.meter(run.position, text=f"loss {verdict.logs['loss']:.3f}")
 
     def probe(self) -> None:
         if self.run.position not in self.probes.due:
             return
         with self.watch.patience(3600.0), self.observer.doing("probing"):
+            self.run.log.tell("state", state="probing")
             self.watch.at("probe")
             self.probes.maybe(self.run.position)
-
-    def save(self, wait: bool = False) -> None:
-        """Begin a checkpoint of the position reached; `wait` until it is whole on disk."""
-        run = self.run
-        with self.watch.patience(600.0), self.observer.doing("checkpointing"):
-            self.watch.at("checkpoint")
-            if run.writer.busy:
-                self._finish(must=False)
-            self.due = False
-            run.writer.begin(run.position, run.content())
-            if wait or not run.recipe.checkpoint.asynchronous:
-                self._finish(must=wait)
-
-    def _finish(self, must: bool) -> None:
-        try:
-            self._saved(self.run.writer.finish(self.run.total))
-        except CheckpointError as error:
-            self._unsaved(str(error), told=must)
-            if must:
-                raise
-
-    def settle(self, written: float, failed: float) -> None:
-        """Publish the checkpoint under way once every rank has written its part."""
-        settled = self.run.writer.settle(written, failed)
-        if settled is not None:
-            self._unsaved(settled.failure, told=False) if settled.failure else self._saved(settled)
-
-    def _saved(self, settled: Any) -> None:
-        if settled is not None and self.run.rank == 0:
-            self.observer.saved(settled)
-            if settled.warning:
-                self.meter.note(f"warning: {settled.warning}")
-
-    def _unsaved(self, why: str, *, told: bool) -> None:
-        """A disk that is full in mid-run costs this checkpoint, not the run; `told` where an error says why, too."""
-        self.observer.unsaved()
-        self.run.log.write("event", event="checkpoint_failed", position=self.run.position, why=why)
-        if not told:
-            self.meter.note(f"warning: {why}")
-            if self.run.rank and not why.endswith(ELSEWHERE):  # only this rank knows what its disk said
-                click.echo(f"warning: rank {self.run.rank}: {why}", err=True)
-
-
-class Ahead:
-    """One batch ahead of the step: what the loader gave, or why it could not."""
-
-    def __init__(self, loader: Loader, end: int):
-        self.loader: Iterator[Batch] = loader
-        self.end = end
-        self.batch: Batch | None = None
-        self.error: GristmillError | None = None
-        self._next = loader.position
-
-    def fetch(self) -> None:
-        """Have the next batch, if the run needs one."""
-        if self._next >= self.end:
-            return
-        try:
-            self.batch = next(self.loader)
-            self._next = self.loader.position  # pyright: ignore[reportAttributeAccessIssue]
-        except GristmillError as error:
-            self.error = error
-
-    def take(self) -> Batch:
-        batch, self.batch = self.batch, None
-        assert batch is not None
-        return batch
-
-
-def _listen() -> tuple[list[int], dict[int, Any]]:
-    """Let SIGTERM, SIGUSR1 and Ctrl-C ask the loop to stop: the list holds the signals that came.
-
-    Every one of them asks: a terminal and a launcher both pass on the same Ctrl-C, a scheduler and a launcher the same
-    SIGTERM. SIGUSR1 is what Slurm is told to send ahead of the end of a job's time. Only a Ctrl-C that comes seconds
-    after the first means that somebody does not want to wait, and ends at once.
-    Also returns the handlers that were there before, by signal.
-    """
-    asked: list[int] = []
-    since: list[float] = []
-
-    def ask(number: int, frame: object) -> None:
-        asked.append(number)
-        since.append(time.monotonic())
-        if number == signal.SIGINT and since[-1] - since[0] > IMPATIENT:
-            raise KeyboardInterrupt
-
-    return asked, {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+        self.run.log.tell("state", state="training")

@@ -7,6 +7,7 @@ on from a checkpoint has just done all of this with the one that it goes on from
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Collection
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ...models.teacher import make_teacher
 from ...shards.errors import GristmillError
-from ..checkpoint import CheckpointError, Saved, newest
+from ..checkpoint import CheckpointError, Content, Saved, newest
 
 if TYPE_CHECKING:
     from ..run import Run
@@ -32,7 +33,7 @@ def dry_run(run: Run, due: Collection[int]) -> list[str]:
     """
     began = time.perf_counter()
     size = dry_load(run)
-    told = [f"checkpoint of image {run.position} read back and compared, {size / 1e6:.0f} MB a process"]
+    told = [f"checkpoint of image {run.position} read back and compared, {size / 1e6:.3g} MB a process"]
     if due and run.position not in due:
         dry_probe(run)
         told.append(f"probes tried on {min(FEW, run.recipe.probes.images)} images")
@@ -48,12 +49,10 @@ def dry_load(run: Run) -> int:
             + (f" ({'; '.join(told)})" if told else "")
             + ": look at that storage, or name another place with checkpoint.store"
         )
-    size, wrong = _compare(run, saved)
-    _agree(run, wrong, "read back", saved.path)
+    size = _compare(run, saved, "read back")
     run._load(saved)
-    _, wrong = _compare(run, saved)
+    _compare(run, saved, "loaded")
     saved.close()
-    _agree(run, wrong, "loaded", saved.path)
     return size
 
 
@@ -79,9 +78,21 @@ def dry_probe(run: Run) -> None:
         raise GristmillError("the probes cannot be made; see what rank 0 says")
 
 
-def _compare(run: Run, saved: Saved) -> tuple[int, list[str]]:
-    """Bytes that this rank holds, and the names of tensors that are not the same in the checkpoint."""
-    content, size, wrong = run.content(), 0, []
+def _compare(run: Run, saved: Saved, how: str) -> int:
+    """Bytes that this rank holds, which are the same in the checkpoint on every rank, or else all of them raise."""
+    content = run.content()  # collective, so before anything that may fail on this rank alone
+    size, wrong, failed = 0, [], None
+    try:
+        size, wrong = _differing(content, saved)
+    except Exception as error:  # told to the others first: they would wait for this rank
+        failed = error
+    _agree(run, wrong, failed, how, saved.path)
+    return size
+
+
+def _differing(content: Content, saved: Saved) -> tuple[int, list[str]]:
+    """Bytes of `content`, and the names of what is not the same in the checkpoint."""
+    size, wrong = 0, []
     for part in content.parts:
         there = saved.read(part.group, part.name, part.start, part.start + part.tensor.numel())
         size += part.tensor.nbytes
@@ -106,19 +117,23 @@ def same(one: Tensor, two: Tensor) -> bool:
     return torch.equal(*(each.contiguous().view(-1).view(torch.uint8) for each in (one, two)))
 
 
-def _agree(run: Run, wrong: list[str], how: str, path: str) -> None:
-    failures = run.total([float(bool(wrong))])[0]
-    if not failures:
+def _agree(run: Run, wrong: list[str], failed: Exception | None, how: str, path: str) -> None:
+    """Every rank says in one vector whether it failed; its own error on a rank that has one, else who has. Collective."""
+    told = run.total(
+        [float(bool(wrong) or failed is not None) if each == run.rank else 0.0 for each in range(run.world)]
+    )
+    if failed is not None:
+        raise failed
+    others = ", ".join(f"rank {rank}" for rank, bad in enumerate(told) if bad)
+    if not others:
         return
     which = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
     raise CheckpointError(
-        f"{path}, {how}, is not what was saved ({which or 'on another rank'}): do not train with this. Run `gristmill doctor "
-        "--out` on its folder; if the disk is sound, report it with the recipe"
+        f"{path}, {how}, is not what was saved ({which or f'on {others}; see what is said there'}): do not train with this. "
+        "Run `gristmill doctor --out` on its folder; if the disk is sound, report it with the recipe"
     )
 
 
 def _plain(value: object) -> object:
     """As JSON gives it back."""
-    import json
-
     return json.loads(json.dumps(value))

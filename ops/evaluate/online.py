@@ -37,8 +37,8 @@ from .knn import nearest
 
 if TYPE_CHECKING:
     from ..monitor.metrics import Metrics
-    from ..progress import Meter
     from ..run import Run
+    from ..runlog import Notes
 
 BATCH = 128  # images at once; features need no gradient, so this is small beside training
 SHOWN = 10  # queries in the report, and as many of their neighbours as fit a row
@@ -139,8 +139,8 @@ class Probing:
 class OnlineProbes:
     """Measures the teacher where the recipe says (`probes.at`), and the baselines once at the start."""
 
-    def __init__(self, run: Run, metrics: Metrics, meter: Meter):
-        self.run, self.metrics, self.meter = run, metrics, meter
+    def __init__(self, run: Run, metrics: Metrics, notes: Notes):
+        self.run, self.metrics, self.notes = run, metrics, notes
         self.probing = Probing(run.recipe.probes, run.recipe.sources[0].path)
         self.last = run.steps * run.recipe.batch
         self.due = {round(share * run.steps) * run.recipe.batch for share in run.recipe.probes.at}
@@ -191,14 +191,14 @@ class OnlineProbes:
         text = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in parts.items())
         left = "".join(f"; no {name.replace('_', ' ')}: {why}" for name, why in scores.skipped.items())
         so_far = f", {share:.1%} of the time since this start" if position else ""
-        self.meter.note(f"probes took {took:.1f} s ({text}){so_far}{left}")
+        self.notes.note(f"probes took {took:.1f} s ({text}){so_far}{left}")
 
     def _note(self, who: str, position: int, scores: dict[str, float]) -> None:
         if position not in self.run.log.probed:
             self.run.log.write("probe", position=position, who=who, **scores)
         self.metrics.observe_probe({"who": who, **scores})
         text = ", ".join(f"{name.replace('_', ' ')} {shown(name, value)}" for name, value in scores.items())
-        self.meter.note(f"probe at image {position}: {who}: {text}")
+        self.notes.note(f"probe at image {position}: {who}: {text}")
 
 
 def class_token(network: nn.Module, autocast: Callable | None = None) -> Callable[[Tensor], Tensor]:

@@ -15,7 +15,6 @@ from ..distributed.guard_cases import make_data, recipe_of
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    join()  # left at exit: other tests of this process use the group, too
     folder = tmp_path_factory.mktemp("dry")
     make_data(folder, 40)
     return folder
@@ -24,6 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(folder: Path, tmp_path: Path) -> Iterator[Run]:
     """A run with its first checkpoint written."""
+    join()  # left at exit: other tests of this process use the group, too
     recipe = recipe_of(folder, 4, "probes.at=[0.5]", "probes.names=[knn,label_free,correspondence]")
     made = Run(recipe, tmp_path / "run", 0, 1, torch.device("cpu"))
     try:

@@ -36,3 +36,25 @@ def test_one_process_a_folder(tmp_path: Path):
         RunLog(tmp_path)
     first.close()
     RunLog(tmp_path).close()
+
+
+def test_who_listens_gets_what_is_written_and_what_is_only_told(tmp_path: Path):
+    log, heard = RunLog(tmp_path), []
+    log.also.append(heard.append)
+    log.write("step", position=0, loss=1.0)
+    log.tell("state", state="probing")
+    log.close()
+    step = {"kind": "step", "position": 0, "loss": 1.0}
+    assert heard == [step, {"kind": "state", "state": "probing"}]
+    assert read_log(log.path) == [step]
+
+
+def test_urls_lose_their_passwords(tmp_path: Path):
+    log, heard = RunLog(tmp_path), []
+    log.also.append(heard.append)
+    log.write("event", event="checkpoint_failed", position=0, why="https://me:hunter2@host/x?X-Amz-Signature=abc: 403")
+    log.close()
+    for text in (log.path.read_text(), str(heard)):
+        assert "https://host/x" in text
+        assert "hunter2" not in text
+        assert "abc" not in text
