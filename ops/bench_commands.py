@@ -180,3 +180,31 @@ def bench_learning(
     pictures, seeds = (480, seeds or SEEDS[:1]) if tiny else (None, seeds or SEEDS)
     run_images = 256 if tiny else images
     sys.exit(run(out, chosen, arms or tuple(ARMS), seeds, run_images, pictures, overrides, as_json=as_json, plot=plot))
+
+
+@bench.command(
+    "scale",
+    epilog=example(
+        "gristmill bench scale --out scale.jsonl --plot scale.png",
+        "gristmill bench scale --ranks 64 --samples 1e8 --only order --only elastic",
+    ),
+)
+@click.option("--ranks", type=click.IntRange(16), default=4096, show_default=True, help="Ranks, in nodes of eight.")
+@click.option("--samples", type=float, default=1e10, show_default="1e10", help="Samples of the data set.")
+@click.option("--sampled", type=click.IntRange(16), default=2048, show_default=True, help="Batches to look at.")
+@click.option(
+    "--only",
+    type=click.Choice(["order", "elastic", "cache", "process", "monitor", "checkpoints"]),
+    multiple=True,
+    help="These parts (default: all).",
+)
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Rows of JSON; other parts' are kept.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the rows into this PNG.")
+def bench_scale(
+    ranks: int, samples: float, sampled: int, only: tuple[str, ...], out: Path | None, plot: Path | None
+) -> None:
+    """All ranks of a cluster in one process: exactly once, balance, caches, watching, checkpoints. Some ten minutes."""
+    from .bench.scale_ranks import main as run
+
+    given = [f"--ranks={ranks}", f"--samples={samples}", f"--sampled={sampled}", *(f"--only={part}" for part in only)]
+    run([*given, *(f"--out={path}" for path in (out,) if path), *(f"--plot={path}" for path in (plot,) if path)])

@@ -5,7 +5,11 @@ of 10,000 samples is opened, the stream is put at a cursor in its middle and ask
 filter, and the rows of the first batch are read. Its Parquet files are all real and whole, but 512 shards' rows are
 written once and linked to for all others, for a billion rows would fill the disk.
 
-    python -m gristmill.ops.bench.scale synthetic SAMPLES | make DIR | manifest DIR [FILTER]
+    python -m gristmill.ops.bench.scale synthetic SAMPLES [SHARDS] | make DIR | manifest DIR [FILTER]
+
+`--ranks` begins another one, of a whole cluster's ranks in one process (scale_ranks.py, docs/scale.md).
+
+    python -m gristmill.ops.bench.scale --ranks 4096 --samples 1e10 --out R.jsonl --plot P.png
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ...pipeline.order import Ints
 from ...pipeline.source import Source
 from ...pipeline.stream import Stream
 from ...shards.errors import GristmillError
@@ -28,9 +33,9 @@ PER_SHARD = 10_000
 IDS, BATCH = 2048, 256
 
 
-def synthetic(samples: int) -> dict[str, float]:
-    """A data set of so many samples that has no files: seek to its middle, locate 2,048, and the memory all that took."""
-    shards = min(SHARDS_AT_MOST, max(1, samples // 1000))
+def synthetic(samples: int, shards: int = 0) -> dict[str, float]:
+    """A data set of so many samples that has no files: seek to its middle, locate 2,048, and what memory that took."""
+    shards = shards or min(SHARDS_AT_MOST, max(1, samples // 1000))
     before = memory("VmRSS")
     begin = time.perf_counter()
     sources = [Source("synthetic", np.full(shards, samples // shards, np.int64), lambda n: f"{n:032x}")]
@@ -82,8 +87,13 @@ def from_manifest(root: Path, where: str = "") -> dict[str, float]:
     }
 
 
-def make(root: Path, shards: int = SHARDS_AT_MOST, per_shard: int = PER_SHARD) -> None:
-    """Write the manifest of a data set that would have so many shards; there are no tars."""
+def make(
+    root: Path, shards: int = SHARDS_AT_MOST, per_shard: int = PER_SHARD, sizes: Ints | None = None, base: str = ""
+) -> None:
+    """Write the manifest of a data set that would have so many shards; there are no tars.
+
+    sizes: bytes of the images of the first 512 shards, int64 [512, per_shard]; base: a url that all shards lie below.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -94,28 +104,37 @@ def make(root: Path, shards: int = SHARDS_AT_MOST, per_shard: int = PER_SHARD) -
 
     def rows(shard: int) -> Rows:
         width, height = draw.integers(100, 1000, (2, per_shard)).astype(np.int32)
-        length = draw.integers(2_000, 28_000, per_shard)
+        length = draw.integers(2_000, 28_000, per_shard) if sizes is None else sizes[shard]
         crc = draw.integers(0, 1 << 32, per_shard).astype(np.uint32)
         keys = [f"{shard:05d}{row:04d}" for row in range(per_shard)]
-        return Rows(keys, starts, length, crc, width, height, ["jpg"] * per_shard)
+        return Rows(
+            keys, starts if sizes is None else places(length)[0], length, crc, width, height, ["jpg"] * per_shard
+        )
 
     size = per_shard * 28_672 + 1024
-    write_manifest(root, ((f"{shard:06d}.tar", size, rows(shard)) for shard in range(once)))
+    bytes_of = [size if sizes is None else places(sizes[shard])[1] for shard in range(once)]
+    write_manifest(root, ((f"{shard:06d}.tar", bytes_of[shard], rows(shard)) for shard in range(once)))
     table = pq.read_table(root / SHARDS)
-    urls = [f"{shard:06d}.tar" for shard in range(shards)]
+    urls = [f"{base}{shard:06d}.tar" for shard in range(shards)]
     several = table.take(pa.array(np.arange(shards) % once)).set_column(0, table.schema.field(0), pa.array(urls))
     pq.write_table(several, root / SHARDS, compression="zstd")
     for number in range(1, -(-shards // GROUPS)):
         os.link(root / SAMPLES / "00000.parquet", root / SAMPLES / f"{number:05d}.parquet")
     about = json.loads((root / DATASET).read_text())
     about |= {"digest": dataset_digest(urls, several["digest"].to_pylist())}
-    about |= {"shards": shards, "samples": shards * per_shard, "bytes": shards * size}
+    about |= {"shards": shards, "samples": shards * per_shard, "bytes": sum(several["bytes"].to_pylist())}
     (root / DATASET).write_text(json.dumps(about))
 
 
-def memory(what: str) -> float:
-    """Of this process by the kernel, in MB; unlike getrusage's, its peak does not begin with the parent's."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+def places(lengths: Ints) -> tuple[Ints, int]:
+    """(where each member's data begin int64 [n], bytes of the tar): headers of 512 bytes, data in blocks of 512."""
+    ends = np.cumsum(512 + (lengths + 511) // 512 * 512)
+    return ends - (lengths + 511) // 512 * 512, int(ends[-1]) + 1024
+
+
+def memory(what: str, process: int | str = "self") -> float:
+    """Of a process by the kernel, in MB; unlike getrusage's, its peak does not begin with the parent's."""
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith(what + ":"):
             return int(line.split()[1]) / 1024
     return float("nan")
@@ -124,14 +143,18 @@ def memory(what: str) -> float:
 def main(arguments: list[str]) -> None:
     """What the command line asks for."""
     kind, of, *rest = [*arguments, "", ""][: max(2, len(arguments))]
-    if kind == "make" and of:
+    if kind.startswith("-"):
+        from .scale_ranks import main as simulate
+
+        simulate(arguments)
+    elif kind == "make" and of:
         make(Path(of))
     elif kind == "manifest" and of:
         print(json.dumps(from_manifest(Path(of), *rest)))
     elif kind == "synthetic" and of.isdigit():
-        print(json.dumps(synthetic(int(of))))
+        print(json.dumps(synthetic(int(of), *map(int, rest))))
     else:
-        sys.exit((__doc__ or "").strip().splitlines()[-1].strip())
+        sys.exit("\n".join(line.strip() for line in (__doc__ or "").splitlines() if line.startswith("    ")))
 
 
 if __name__ == "__main__":
