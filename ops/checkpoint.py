@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 VERSION = 2
 CHUNK = 16 << 20  # bytes that go through the digest at a time
+SHOWN = 2  # damaged files that a message names, of each checkpoint
 STATE, DIGEST = "state.json", "state.digest"
 NAMES = {
     torch.float64: "F64",
@@ -299,14 +300,14 @@ def newest(
         if not damage:
             return saved, passed
         saved.close()
-        texts = "; ".join(text for _, text in damage)
+        more = f"; and {len(damage) - SHOWN} more of {len(names)} files" if len(damage) > SHOWN else ""
+        texts = "; ".join(text for _, text in damage[:SHOWN]) + more
         if store.remote and any(code == UNREADABLE for code, _ in damage):
             raise CheckpointError(f"{place}: {texts}; start again when it can be read")
         passed.append(f"checkpoint {place} is damaged ({texts}) and was passed over")
     if passed:
-        raise CheckpointError(
-            f"no checkpoint is readable: {'; '.join(passed)}. Remove {store} to start from the beginning."
-        )
+        lines = "".join(f"  {line}\n" for line in passed)
+        raise CheckpointError(f"no checkpoint is readable:\n{lines}Remove {store} to start from the beginning.")
     return None, passed
 
 

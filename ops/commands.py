@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import os
+import time
 from pathlib import Path
 
 import click
 
+# What all processes of a group find alike, rank 0 says for all; the others wait with their end, since launchers end all
+# processes with the first one.
+LATER = 5.0  # seconds
+AS_RANK_0 = "rank {rank}: the recipe is refused, as rank 0 says; if it says nothing, this host has another copy of it"
 FOLDER = click.Path(path_type=Path)
 
 
@@ -17,8 +23,40 @@ def refuse(ctx: click.Context, message: str, code: int = 2) -> None:
     ctx.exit(code)
 
 
+def _rank() -> int:
+    """This process's place in its group, as far as its launcher says one."""
+    from .launch_place import LaunchError, environment
+
+    try:
+        return environment(os.environ).rank
+    except LaunchError:
+        return 0
+
+
+def _no_space(error: OSError) -> bool:
+    from ..shards.storage import NO_SPACE  # here, since it brings pyarrow along
+
+    return error.errno in NO_SPACE
+
+
+class Command(click.Command):
+    """A full disk of which the system told no file is put down to what the command writes, its `--out`."""
+
+    def invoke(self, ctx: click.Context):
+        try:
+            return super().invoke(ctx)
+        except OSError as error:
+            out = ctx.params.get("out")
+            if out and error.filename is None and _no_space(error):
+                error.filename = str(out)
+            raise
+
+
 class Commands(click.Group):
-    """Names the nearest command when one is mistyped, and prints our errors without a traceback."""
+    """Names the nearest command when one is mistyped, and prints our errors without a traceback; its groups do, too."""
+
+    command_class = Command
+    group_class = type
 
     def resolve_command(self, ctx: click.Context, args: list[str]):
         name = args[0] if args else ""
@@ -34,9 +72,7 @@ class Commands(click.Group):
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except OSError as error:
-            from ..shards.storage import NO_SPACE  # here, since it brings pyarrow along
-
-            if error.errno not in NO_SPACE:
+            if not _no_space(error):
                 raise
             where = f" ({error.filename})" if error.filename else ""
             refuse(
@@ -47,9 +83,14 @@ class Commands(click.Group):
 
             if not isinstance(error, GristmillError):
                 raise
-            refuse(ctx, str(error), getattr(error, "code", 2))
+            rank = _rank() if getattr(error, "everywhere", False) else 0
+            if rank:
+                time.sleep(LATER)
+            refuse(ctx, AS_RANK_0.format(rank=rank) if rank else str(error), getattr(error, "code", 2))
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        if ctx.parent is not None:  # one of the groups
+            return super().format_epilog(ctx, formatter)
         formatter.write(
             "\nStart here:\n  gristmill demo                    the whole way on a small data set made on the spot\n"
             "  gristmill demo --images PHOTOS    the same with a folder of your own\n"

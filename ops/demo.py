@@ -25,7 +25,7 @@ from .evaluate.online import shown
 from .progress import Meter
 from .recipe import load_recipe
 from .report import write_report
-from .runlog import read_log
+from .runlog import read_log, writable
 from .train import train
 
 WIDE = 6  # columns of probes that a terminal still shows
@@ -71,8 +71,9 @@ def _same_source(out: Path, source: dict) -> None:
         return
     if out.is_dir() and any(out.iterdir()):
         raise DemoError(f"{out} is not empty and holds no demo; name another folder with --out")
-    out.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(source))
+    with writable(out):
+        out.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(source))
 
 
 def _prepare(out: Path, images: Path | None, *, seed: int, tiny: bool) -> None:

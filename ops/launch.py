@@ -13,6 +13,7 @@ import gc
 import itertools
 import logging
 import os
+import socket
 import sys
 import time
 import warnings
@@ -40,6 +41,7 @@ __all__ = [
     "seeing",
 ]
 
+PATIENCE = 30.0  # seconds until a name that this host does not know is wrong
 _groups = itertools.count()  # that this process has been in
 
 
@@ -100,6 +102,7 @@ def join() -> tuple[int, int, torch.device]:
     if not dist.is_initialized():
         backend = "nccl" if cuda else "gloo"
         if place.address:
+            until_known(place.address)
             try:
                 store, rank, world = meet(str(next(_groups)))
                 dist.init_process_group(backend, store=store, rank=rank, world_size=world)
@@ -114,6 +117,36 @@ def join() -> tuple[int, int, torch.device]:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
     deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def until_known(address: str, patience: float | None = None) -> None:
+    """Wait until this host knows the name at which all meet: torch would only warn of it, for half an hour.
+
+    Some seconds are for a name server that stumbles. In Kubernetes a pod's name appears with the pod, which may be as
+    late as a group may be altogether. Raises LaunchError.
+    """
+    began = time.monotonic()
+    if patience is None:
+        patience = default_pg_timeout.total_seconds() if "KUBERNETES_SERVICE_HOST" in os.environ else PATIENCE
+    told = False
+    while True:
+        try:
+            socket.getaddrinfo(address, None)
+            return
+        except (OSError, UnicodeError) as error:
+            waited, why = time.monotonic() - began, getattr(error, "strerror", None) or error
+            if waited >= patience:
+                raise LaunchError(
+                    f"MASTER_ADDR {address} is no name that this host knows ({why}): set it to the name or address of "
+                    "rank 0's host"
+                ) from error
+            if waited >= PATIENCE and not told:
+                logging.getLogger(__name__).warning(
+                    f"MASTER_ADDR {address} is no name that this host knows yet ({why}); "
+                    f"waiting for it up to {patience:.0f} s"
+                )
+                told = True
+        time.sleep(min(1.0, patience))
 
 
 def card_of(local_rank: int, count: int) -> int:

@@ -71,7 +71,7 @@ def environment(environ: Mapping[str, str]) -> Place:
     if place is None or (place.world == 1 and not place.address):
         if variables.number("LOCAL_RANK", 0) and place is None:
             raise LaunchError(
-                f"LOCAL_RANK is {variables['LOCAL_RANK']}, but RANK and WORLD_SIZE are not set: {BY_HAND}"
+                f"LOCAL_RANK is {variables['LOCAL_RANK']}, but RANK and WORLD_SIZE are not set: set both, {BY_HAND}"
             )
         return Place(0, 1, 0, 1, "", 0, place.launcher if place else "python")
     return _sound(place)
@@ -215,15 +215,16 @@ def _agree(place: Place, others: list[Place]) -> None:
 
 
 def _sound(place: Place) -> Place:
+    who = "RANK and WORLD_SIZE have" if place.launcher == "environment" else f"{place.launcher} has"
     for what, value, of, most in (
         ("rank", place.rank, "world size", place.world),
         ("local rank", place.local_rank, "number of processes on this host", place.local_world),
     ):
         if value >= most:
-            raise LaunchError(f"the {what} {value} is not below the {of} {most}, as {place.launcher} has them")
+            raise LaunchError(f"the {what} {value} is not below the {of} {most}, as {who} them")
     if place.local_world > place.world:
         raise LaunchError(
-            f"{place.local_world} processes on this host are more than the {place.world} of all, as {place.launcher} has it"
+            f"{place.local_world} processes on this host are more than the {place.world} of all, as {who} it"
         )
     if not 0 < place.port < 2**16:
         raise LaunchError(

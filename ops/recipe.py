@@ -8,6 +8,7 @@ length of the schedules, so that a recipe keeps its shape when it is shortened.
 
 from __future__ import annotations
 
+import copy
 import re
 import typing
 from pathlib import Path
@@ -15,27 +16,35 @@ from typing import Annotated, Any, Literal, TypeAlias
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from ..models.student import StudentConfig
 from ..pipeline.groups import named_views
 from ..pipeline.masks import MaskConfig
 from ..pipeline.views import StreamConfig, View
-from ..shards.errors import GristmillError, nearest
+from ..shards.errors import GristmillError
 from .fitting import check_objectives
 from .guard import GuardConfig
+from .mistakes import mistakes
 from .monitor.ports import PORT
 from .objectives_config import NAMES, ObjectivesConfig, Piece
 from .optimizers import OptimizerConfig
+from .shipped import RECIPES, unknown
 from .tiny import shrink
 from .trackers import LogConfig
 
-# Of objectives.
-RECIPES = Path(__file__).parent / "recipes"
+COMMAND_LINE = "on the command line"
 
 
 class RecipeError(GristmillError):
-    """A recipe that cannot be read, or that asks for something impossible."""
+    """A recipe that cannot be read, or that asks for something impossible.
+
+    `everywhere`: all processes of a group find the same, so that one of them may say it for all.
+    """
+
+    def __init__(self, message: str, *, everywhere: bool = True) -> None:
+        super().__init__(message)
+        self.everywhere = everywhere
 
 
 class EngineConfig(Piece):
@@ -135,15 +144,6 @@ class MetricsConfig(Piece):
         if isinstance(self.port, int) and not 0 <= self.port <= 65535:
             raise ValueError(f"port {self.port} is not between 0 and 65535")
         return self
-
-
-_TAGS = (
-    "<url>",
-    "<path>",
-    "<several>",
-    "<number>",
-    "<ramp>",
-)  # of the forms of `data` and weights; left out of messages
 
 
 def _form(value: Any) -> str:
@@ -283,31 +283,48 @@ def load_recipe(source: str | Path, overrides: typing.Sequence[str] = (), tiny: 
     if not path.suffix:
         path = RECIPES / f"{source}.yaml"
     if not path.is_file():
-        shipped = sorted(p.stem for p in RECIPES.glob("*.yaml"))
-        hint = nearest(source, shipped)
-        raise RecipeError(f"no recipe {str(source)!r}: {hint}shipped are {', '.join(shipped)}, or give a YAML file")
+        raise RecipeError(unknown(source))
     try:
         tree = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise RecipeError(f"{path} holds no keys; see {RECIPES / 'demo.yaml'} for an example")
-    _name_views(tree, path)
+    _name_views(tree, f"{path}:\n ")
     if tiny:
         tree = shrink(tree)
+    written = copy.deepcopy(tree)
     for override in overrides:
         apply_override(tree, override)
-        _name_views(tree, path)
-    return parse_recipe(tree, str(path))
+        _name_views(tree, f"{COMMAND_LINE}:")
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError(_blame(mistakes(Recipe, error), written, path)) from error
 
 
-def _name_views(tree: dict[str, Any], path: Path) -> None:
+def _blame(told: list[str], written: dict[str, Any], path: Path) -> str:
+    """Which mistakes stand in the file already, and which came with the command line."""
+    try:
+        Recipe.model_validate(written)
+        of_file: list[str] = []
+    except ValidationError as error:
+        of_file = mistakes(Recipe, error)
+    there = [line for line in told if line in of_file]
+    here = [line for line in told if line not in of_file]
+    parts = ["\n  ".join([f"{path}:", *there])] if there else []
+    if here:
+        parts.append(f"{COMMAND_LINE}: {here[0]}" if len(here) == 1 else "\n  ".join([f"{COMMAND_LINE}:", *here]))
+    return "\n".join(parts)
+
+
+def _name_views(tree: dict[str, Any], origin: str) -> None:
     """Spell out views that are given by name, so that overrides and `--tiny` reach into them."""
     if isinstance(views := tree.get("views"), str):
         try:
             tree["views"] = named_views(views)
         except ValueError as error:
-            raise RecipeError(f"{path}:\n  views: {error}") from error
+            raise RecipeError(f"{origin} views: {error}") from error
 
 
 def parse_recipe(tree: dict[str, Any], origin: str) -> Recipe:
@@ -315,7 +332,7 @@ def parse_recipe(tree: dict[str, Any], origin: str) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError(f"{origin}:\n" + "\n".join(f"  {_explain(e)}" for e in error.errors())) from error
+        raise RecipeError("\n  ".join([f"{origin}:", *mistakes(Recipe, error)])) from error
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
@@ -352,32 +369,3 @@ def _item(items: list[Any], part: str, path: str) -> Any:
             return item
     names = [str(item.get("name", i)) if isinstance(item, dict) else str(i) for i, item in enumerate(items)]
     raise RecipeError(f"override {path}: there is no {part!r}; it has {', '.join(names)}")
-
-
-def _explain(error: Any) -> str:
-    loc = tuple(part for part in error["loc"] if part not in _TAGS)
-    where = ".".join(str(part) for part in loc)
-    if error["type"] != "extra_forbidden":
-        message = error["msg"].removeprefix("Value error, ")
-        return f"{where}: {message}" if where else message
-    fields = _fields(Recipe, loc[:-1])
-    hint = nearest(loc[-1], fields).strip() or f"known here: {', '.join(fields)}"
-    return f"{where}: unknown key; {hint}"
-
-
-def _fields(model: Any, loc: tuple[int | str, ...]) -> list[str]:
-    """Names of the fields at `loc`, found by walking the annotations (list items and unions included)."""
-    for part in loc:
-        if part not in getattr(model, "model_fields", {}):  # an item's number, or a key of a mapping
-            continue
-        annotation = model.model_fields[part].annotation
-        found = [a for a in _flatten(annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
-        if not found:
-            return []
-        model = found[0]
-    return list(model.model_fields)
-
-
-def _flatten(annotation: Any) -> list[Any]:
-    inner = [a for arg in typing.get_args(annotation) for a in _flatten(arg)]
-    return inner or [annotation]

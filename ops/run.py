@@ -96,7 +96,7 @@ class Run:
                 compile_blocks(student.backbone, recipe.engine.compile)
                 compile_blocks(teacher.backbone, recipe.engine.compile)
             except (ValueError, RuntimeError) as error:
-                raise RecipeError(f"engine.compile: {error}") from error
+                raise RecipeError(f"engine.compile: {error}", everywhere=False) from error  # perhaps no compiler here
         self.mixture = build_mixture(recipe, student, device, images=self.feed.images)
         if initial:
             initial.check(self.mixture)

@@ -41,7 +41,7 @@ def at_once() -> Iterator[None]:
 @click.option(
     "--images", type=FOLDER, help="A folder of JPEG, PNG or WebP; subfolders are labels, read by probes only."
 )
-@click.option("--tiny", is_flag=True, help="Shrink everything: a look at the machinery in under a minute.")
+@click.option("--tiny", is_flag=True, help="Shrink everything: a look at the machinery in about a minute.")
 @click.option(
     "--seed",
     type=click.IntRange(0, 2**32 - 1),

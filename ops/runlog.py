@@ -14,18 +14,33 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..shards.addresses import redact
 from ..shards.errors import GristmillError
+from ..shards.storage import NO_SPACE
 
 Line = dict[str, Any]
 
 
 class RunFolderError(GristmillError):
     """A run folder that cannot be used."""
+
+
+@contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """Inside, what the system refuses is put down to the run folder; a full disk stays what it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise
+        raise RunFolderError(
+            f"--out {folder} cannot be a run folder ({error.strerror}); name a folder that can be written"
+        ) from error
 
 
 class Notes(Protocol):
@@ -38,23 +53,29 @@ class RunLog:
     """Appends lines to `metrics.jsonl`; `write` is buffered by the line, so a kill loses at most the last one."""
 
     def __init__(self, folder: Path):
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
-        self._lock = (folder / ".lock").open("w")
+        with writable(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (folder / ".lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise RunFolderError(
                 f"another process is training in {folder}; wait for it, or name another folder with --out"
             ) from error
-        self._file = self.path.open("a", buffering=1)
+        with writable(folder):
+            self._file = self.path.open("a", buffering=1)
         self.probed: set[int] = set()  # positions whose probes the log still holds after `rewind`
         self.also: list[Callable[[Line], object]] = []  # who else gets each line
 
     def write(self, kind: str, **values: Any) -> None:
         """Append a line, and tell it. Urls in its texts lose their passwords."""
         line = {"kind": kind, **{name: redact(v) if isinstance(v, str) else v for name, v in values.items()}}
-        self._file.write(json.dumps(line) + "\n")
+        try:
+            self._file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            error.filename = str(self.path)  # a write through an open file names none
+            raise
         self.tell(**line)
 
     def tell(self, kind: str, **values: Any) -> None:

@@ -257,5 +257,5 @@ class Reader:
         return DamageError(
             f"{self.quarantine.count} of {self.library.samples} samples in {title} are damaged, more than "
             f"the {self.damage_limit} allowed{about}. Run "
-            f"`gristmill verify {title}`, restore these shards or ingest again, or raise damage_bound"
+            f"`gristmill verify {title}`, restore these shards or ingest again, or raise stream.damage_bound"
         )

@@ -217,7 +217,7 @@ class Manifest:
 
 def _read_about(root: Path) -> dict[str, Any]:
     if not root.is_dir():
-        raise ManifestError(f"{root} is no folder: name one that `gristmill ingest` wrote")
+        raise ManifestError(f"{root} is no folder: name one that `gristmill ingest` or `gristmill index` wrote")
     try:
         about = json.loads((root / DATASET).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -226,14 +226,16 @@ def _read_about(root: Path) -> dict[str, Any]:
                 f"{root} is being rewritten without removed samples, and that was interrupted: finish it by `gristmill remove "
                 f"{root} --rewrite --reason ...`"
             ) from None
-        inside = sorted(entry.parent.name for entry in root.glob(f"*/{DATASET}"))
+        # Right below it lie the halves of an ingest; below `data`, those of a demo's run.
+        found = list(root.glob(f"*/{DATASET}")) or list(root.glob(f"data/*/{DATASET}"))
+        inside = sorted(str(entry.parent.relative_to(root)) for entry in found)
         if inside:
             raise ManifestError(
                 f"{root} is no data set but holds {', '.join(inside)}: name {root / inside[-1]}"
             ) from None
         raise ManifestError(
             f"{root} is no data set ({DATASET} is missing): either `gristmill ingest` never wrote it or it was "
-            "interrupted; run it again"
+            "interrupted; run it again. Tars that others made want `gristmill index` first"
         ) from None
     except (OSError, ValueError) as error:
         raise ManifestError(f"{root / DATASET} cannot be read ({error}): make the data set again") from error

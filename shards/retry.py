@@ -4,11 +4,13 @@ Pauses follow "decorrelated jitter" (Brooker, "Exponential Backoff and Jitter", 
 drawn between the first pause and three times the last one, so that the ranks of a run do not come back all at once. A
 server's Retry-After goes before it. One deadline covers all tries of a read; a long read has, on top, the time that it
 takes at the slowest rate allowed. After it the run stops with StorageError: a shard that is away for a while must not
-be replaced by another one, for that would be another stream (DESIGN promise 3).
+be replaced by another one, for that would be another stream (DESIGN promise 3). Whoever waits long is told so by a
+warning of this module's logger, which Python prints on the error stream where nobody has set up logging.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -16,11 +18,16 @@ from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Field
 
 from .addresses import redact
 from .errors import GristmillError
+
+_log = logging.getLogger(__name__)
+_told: dict[str, float] = {}  # host -> when it was last said that it is waited for: all threads wait for the same one
+_telling = threading.Lock()
 
 
 class RetryPolicy(BaseModel, frozen=True, extra="forbid"):
@@ -35,6 +42,8 @@ class RetryPolicy(BaseModel, frozen=True, extra="forbid"):
         default=16384.0, gt=0, description="bytes/s; a try slower than this ends after a stall_timeout"
     )
     connections: int = Field(default=16, ge=1, description="simultaneous requests to one host, at most")
+    tell_after: float = Field(default=10.0, ge=0, description="seconds of failed tries before a warning says so")
+    tell_every: float = Field(default=60.0, ge=0, description="seconds between two such warnings about a host")
 
 
 class StorageError(GristmillError):
@@ -140,7 +149,21 @@ class Attempts:
             pause = trouble.retry_after + min(pause, 1.0)
         if left < self.policy.first_pause or pause >= left:
             raise self.given_up(trouble) from trouble
+        self._tell(trouble, pause)
         self.sleep(pause)
+
+    def _tell(self, trouble: Trouble, pause: float) -> None:
+        """Say what is waited for, if by the end of this pause it has taken long."""
+        now = time.monotonic()
+        if now + pause - self.began < self.policy.tell_after:
+            return
+        host = urlsplit(self.url).netloc
+        with _telling:
+            if now - _told.get(host, -float("inf")) < self.policy.tell_every:
+                return
+            _told[host] = now
+        why = redact(str(trouble))
+        _log.warning(f"waiting for {redact(self.url)}: {why}; it gives up in {self.until - now:.0f} s")
 
     def sleep(self, seconds: float) -> None:
         """Wait. Raises Stopped."""
@@ -158,7 +181,7 @@ class Attempts:
             self.url,
             f"could not be read: {tries} tries in {time.monotonic() - self.began:.1f} s failed ({kinds}; last: {last}"
             f"{asked}), and the deadline is {self.limit:.1f} s",
-            "see that the storage answers, or raise `deadline`; then start the same command again, it goes on from the "
-            "last checkpoint",
+            "see that the storage answers, or raise `deadline`; then start the same command again, it goes on from "
+            "what was saved",
             "deadline",
         )

@@ -22,7 +22,7 @@ from rich.table import Table
 from .parts import names_of
 
 STEPS = ("plain", "ours fp32", "ours fp32, recompute", "backbones fp32")
-LOW = ("ours autocast", "backbones bf16")  # where products in bf16 are worth it
+LOW = ("ours autocast", "ours bf16", "backbones bf16")  # where products in bf16 are worth it
 SIZES: dict[str, Any] = {
     "batch": 4, "crops": 12, "globals": 2, "dim": 256, "features": 384, "queue": 65536, "prototypes": 65536, "neighbours": 8,
     "seconds": 1.0, "queues": [16384, 65536, 262144], "prototype_counts": [16384, 65536, 262144], "crop_counts": [4, 12, 24],

@@ -2,10 +2,11 @@
 
     python -m gristmill.ops.bench.steps WHAT SETTINGS
 
-WHAT: "plain" (plain_step.py), "ours fp32", "ours autocast", "ours fp32, recompute", "backbones fp32", "backbones bf16"
-(timm's, one pass a crop size, student forward and backward, teacher forward), "products". SETTINGS is JSON: overrides (of the recipe
-mugs-vits16-100), steps, threads. The last line printed is JSON. Memory is the kernel's own peak of the process (VmHWM) less what it
-held (VmRSS) with everything imported and nothing built: weights, moments, memories, activations, scratch.
+WHAT: "plain" (plain_step.py), "ours fp32", "ours autocast", "ours bf16", "ours fp32, recompute", "backbones fp32",
+"backbones bf16" (timm's, one pass a crop size, student forward and backward, teacher forward), "products". SETTINGS is
+JSON: overrides (of the recipe mugs-vits16-100), steps, threads. The last line printed is JSON. Memory is the kernel's
+own peak of the process (VmHWM) less what it held (VmRSS) with everything imported and nothing built: weights, moments,
+memories, activations, scratch.
 """
 
 from __future__ import annotations
@@ -192,7 +193,7 @@ def product_rates(recipe: Recipe, seconds: float = 1.0) -> dict[str, float]:
 
 
 def measure(what: str, settings: dict[str, Any]) -> dict[str, Any]:
-    precision = "autocast" if "autocast" in what else "fp32"
+    precision = {"ours autocast": "autocast", "ours bf16": "bf16"}.get(what, "fp32")
     recipe = recipe_of(settings, f"precision={precision}", f"engine.recompute={str('recompute' in what).lower()}")
     if what == "products":
         return product_rates(recipe, settings.get("seconds", 1.0))

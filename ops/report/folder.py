@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ import numpy as np
 import yaml
 
 from ...shards.errors import GristmillError
+
+SIGNS = ("recipe.yaml", "metrics.jsonl", "crops.npz", "neighbours.npz")  # each of them says that a run was here
 
 
 class ReportError(GristmillError):
@@ -74,9 +77,12 @@ class RunFolder:
 
 
 def read_run(path: Path) -> RunFolder:
-    """Read `recipe.yaml` and `metrics.jsonl` of a run folder. Raises ReportError if the folder is none."""
+    """Read `recipe.yaml` and `metrics.jsonl` of a run folder. Raises ReportError if the folder is no run's."""
     if not path.is_dir():
         raise ReportError(f"{path} is no folder. Name the run's folder, the one that holds metrics.jsonl.")
+    # A link that leads nowhere counts as there: the page says what is wrong with it.
+    if not any(os.path.lexists(path / name) for name in SIGNS):
+        raise ReportError(f"{path} holds no run (no recipe.yaml, no metrics.jsonl); name the folder of a run")
     run = RunFolder(path)
     _read_recipe(run)
     _read_metrics(run)

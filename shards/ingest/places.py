@@ -136,7 +136,7 @@ def is_folder(place: str) -> bool:
     """Whether a place holds others: a folder, or the beginning of keys in a bucket. Raises IngestError if there is none."""
     if not is_remote(place):
         if not os.path.lexists(place):
-            raise IngestError(f"{show(place)} is not there: restore it or mend the path")
+            raise IngestError(f"{show(place)} is not there: mend the path, or restore it")
         return os.path.isdir(place)
     if scheme_of(place) not in SCHEMES:
         return False

@@ -216,7 +216,7 @@ def test_a_damaged_capture_is_named_with_its_file(copied: Path, damage: str):
     ("change", "why"),
     [
         (lambda state: state["recipe"].update(granularity=3), "granularity: unknown key"),
-        (lambda state: state["recipe"].pop("views"), "views: Field required"),
+        (lambda state: state["recipe"].pop("views"), "views: it has to be given"),
         (lambda state: state["recipe"]["student"].update(embed_dim=64), "the student differs in backbone.blocks.0"),
         (lambda state: state["recipe"]["student"].update(depth=3), "the student differs in backbone.blocks.2"),
         (lambda state: state["recipe"]["objectives"]["instance"].update(queue=96), "instance.queue"),

@@ -236,6 +236,22 @@ def test_all_damaged_is_an_error_with_a_remedy_on_all_ranks(tmp_path: Path):
             assert f"Remove {tmp_path}" in str(error)
 
 
+def test_all_damaged_is_told_in_a_line_a_checkpoint(tmp_path: Path):
+    store = LocalStore(tmp_path)
+    for position in (64, 128, 192):
+        for file in write(store, position, example(3)).glob("*.safetensors"):
+            file.unlink()
+    with pytest.raises(CheckpointError) as caught:
+        newest(store)
+    first, *lines, last = str(caught.value).splitlines()
+    assert first == "no checkpoint is readable:"
+    assert [re.findall(r"^  checkpoint .*/0*(\d+) is damaged", line) for line in lines] == [["192"], ["128"], ["64"]]
+    for line in lines:
+        assert line.count(" is missing") == 2
+        assert re.search(r"; and (\d+) more of (\d+) files\) and was passed over$", line)
+    assert last == f"Remove {tmp_path} to start from the beginning."
+
+
 def test_the_newest_up_to_a_position(tmp_path: Path):
     store = LocalStore(tmp_path)
     for position in (64, 128, 10**12 + 5):

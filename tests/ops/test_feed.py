@@ -60,7 +60,7 @@ def test_data_may_be_a_path_a_url_or_a_list(data, made, tmp_path):
     [
         ("[{path: a, weigth: 3}]", r"data\.0\.weigth: unknown key; did you mean 'weight'"),
         ("[{path: a, weight: -1}]", r"data\.0\.weight: .*greater than or equal to 0"),
-        ("[{weight: 1}]", r"data\.0\.path: Field required"),
+        ("[{weight: 1}]", r"data\.0\.path: it has to be given"),
         ("[{path: 7}]", r"data\.0\.path: "),
     ],
 )

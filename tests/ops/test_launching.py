@@ -5,11 +5,15 @@ Places by launcher, copied from real ones: tests/distributed/test_launch.py.
 
 import os
 import socket
+import threading
 
 import pytest
 import torch
-from gristmill.ops.launch import card_of, meet, seeing
+from gristmill.ops import launch
+from gristmill.ops.launch import card_of, meet, seeing, until_known
 from gristmill.ops.launch_place import LaunchError, environment
+
+from ..waiting import wait_for
 
 TORCHRUN = {
     "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "gpu003",
@@ -63,6 +67,36 @@ def test_what_deepspeed_is_told_of_it(monkeypatch: pytest.MonkeyPatch):
     assert [os.environ.get(name) for name in names] == ["3", None]
     with seeing(torch.device("cpu")):
         assert os.environ["LOCAL_RANK"] == "3"
+
+
+NOBODY = "no-such-host.invalid"  # RFC 2606: never a name
+
+
+def test_a_name_that_nobody_knows_is_said(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    for address in ("127.0.0.1", "::1", "localhost"):
+        until_known(address, 0.0)
+    for address in (NOBODY, "a" * 70 + ".example", "two words"):
+        with pytest.raises(LaunchError) as error:
+            until_known(address, 0.0)
+        assert f"MASTER_ADDR {address} is no name that this host knows (" in str(error.value)
+    monkeypatch.setattr(launch, "PATIENCE", 0.0)
+    with pytest.raises(LaunchError, match=f"MASTER_ADDR {NOBODY} is no name that this host knows"):
+        until_known(NOBODY)
+
+
+def test_a_pods_name_may_come_late(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    """In Kubernetes it is waited for, beyond what is the end elsewhere, and that is said once."""
+    monkeypatch.setattr(launch, "PATIENCE", 0.0)
+    with pytest.raises(LaunchError, match="is no name"):
+        until_known(NOBODY, 2.5)
+    (line,) = caplog.messages
+    assert line.startswith(f"MASTER_ADDR {NOBODY} is no name that this host knows yet (")
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    waiting = threading.Thread(target=until_known, args=(NOBODY,), daemon=True)
+    waiting.start()
+    wait_for(lambda: len(caplog.messages) == 2, 60.0)
+    assert waiting.is_alive()
 
 
 def test_every_attempt_has_a_corner_of_its_own(monkeypatch: pytest.MonkeyPatch):

@@ -123,7 +123,9 @@ def test_hostile_names_stay_text(tmp_path):
     assert "default-src 'none'" in text
 
 
-@pytest.mark.parametrize("left", [(), ("recipe.yaml",), ("metrics.jsonl",), ("crops.npz", "neighbours.npz")])
+@pytest.mark.parametrize(
+    "left", [("recipe.yaml",), ("metrics.jsonl",), ("crops.npz",), ("neighbours.npz",), ("crops.npz", "neighbours.npz")]
+)
 def test_half_a_run_reads_well(tmp_path, left):
     full_run(tmp_path)
     for name in ("recipe.yaml", "metrics.jsonl", "crops.npz", "neighbours.npz"):
@@ -196,9 +198,16 @@ def test_the_untrained_network_is_the_start_of_the_teachers_curve(tmp_path):
 def test_a_folder_that_is_none_is_refused(tmp_path):
     with pytest.raises(ReportError, match="is no folder"):
         write_report(tmp_path / "absent")
+    (tmp_path / "report.html").write_text("of another tool")
+    with pytest.raises(
+        ReportError, match=r"holds no run \(no recipe\.yaml, no metrics\.jsonl\); name the folder of a run"
+    ):
+        write_report(tmp_path)
+    assert (tmp_path / "report.html").read_text() == "of another tool"
 
 
 def test_an_old_report_is_replaced_whole(tmp_path):
+    write_log(tmp_path, [])
     (tmp_path / "report.html").write_text("old")
     write_report(tmp_path)
     assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")

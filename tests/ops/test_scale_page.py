@@ -36,7 +36,6 @@ def test_what_was_simulated_is_what_the_page_promises():
 
 
 def test_the_picture_is_drawn_of_what_is_there(tmp_path: Path):
-    pytest.importorskip("matplotlib")
     scale_plot.draw(rows(), tmp_path / "all.png")
     scale_plot.draw([row for row in rows() if row["part"] == "order"], tmp_path / "order.png")
     assert (tmp_path / "all.png").stat().st_size > (tmp_path / "order.png").stat().st_size > 1000

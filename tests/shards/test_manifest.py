@@ -138,8 +138,12 @@ def test_threads_may_share_it(tmp_path: Path) -> None:
 def test_a_folder_that_is_no_data_set_says_so(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match=r"is no folder: name one"):
         Manifest.open(tmp_path / "nowhere")
-    with pytest.raises(ManifestError, match=r"dataset\.json is missing.*run it again"):
+    with pytest.raises(ManifestError, match=r"dataset\.json is missing.*run it again.*`gristmill index` first"):
         Manifest.open(tmp_path)
+    for half in ("probe", "train"):
+        write_manifest(tmp_path / "run" / "data" / half, shards([2]))
+    with pytest.raises(ManifestError, match=r"holds data/probe, data/train: name .*/run/data/train$"):
+        Manifest.open(tmp_path / "run")
     write_manifest(tmp_path / "train", shards([2]))
     with pytest.raises(ManifestError, match=r"holds train: name .*train"):
         Manifest.open(tmp_path)

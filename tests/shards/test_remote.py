@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import ssl
 import subprocess
@@ -141,8 +142,35 @@ def test_after_the_deadline_it_tells_what_was_tried(server: FaultyServer):
     assert tries >= 3
     assert f"{tries} tries" in text
     assert f"{tries} x 503" in text
-    assert "start the same command again" in text
+    assert "start the same command again, it goes on from what was saved" in text
     assert isinstance(caught.value, GristmillError)
+
+
+def test_who_waits_long_is_told_so_once_in_a_while(server: FaultyServer, caplog: pytest.LogCaptureFixture):
+    server.fault("status", code=503, times=4)
+    blob = blob_of(server, tell_after=0.0)
+    assert blob.read(0, 10) == DATA[:10]
+    assert len(server.asked()) == 5
+    (line,) = caplog.messages
+    assert re.fullmatch(rf"waiting for http://127.0.0.1:{server.port}/a.tar: .*503.*; it gives up in \d+ s", line)
+    server.fault("status", code=503, times=4)
+    assert blob.read(0, 10) == DATA[:10]  # the next read, soon after it: it was told of this host
+    assert len(caplog.messages) == 1
+    server.fault("status", code=503, times=4)
+    assert blob_of(server, tell_after=0.0, tell_every=0.0).read(0, 10) == DATA[:10]
+    assert len(caplog.messages) == 5
+    server.fault("status", code=503, times=4)
+    assert blob_of(server, tell_every=0.0).read(0, 10) == DATA[:10]
+    assert len(caplog.messages) == 5, "a short wait is nobody's concern"
+
+
+def test_a_warning_of_waiting_holds_no_secret(server: FaultyServer, caplog: pytest.LogCaptureFixture):
+    server.fault("status", code=503, times=1)
+    policy = QUICK.model_copy(update={"tell_after": 0.0})
+    blob = HttpBlob(f"http://user:{CANARY}@127.0.0.1:{server.port}/a.tar?X-Amz-Signature={CANARY}", Client(policy))
+    assert blob.read(0, 10) == DATA[:10]
+    assert "waiting for http://" in caplog.text
+    assert CANARY not in caplog.text
 
 
 def test_no_server_at_all():
