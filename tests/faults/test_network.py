@@ -117,7 +117,7 @@ def test_deadline(tmp_path, undisturbed, server, remote, fault):
     quarantine = Quarantine(tmp_path / "q.jsonl")
     config = CONFIG.model_copy(update={"deadline": 0.5})
     with load(remote, quarantine, config=config) as loader:
-        why = r"000006\.tar.*(503|throttled).*deadline is 0\.\d s.*goes on from the"
+        why = r"000006\.tar.*(503|throttled).*deadline is 0\.\d s.*goes on from what was saved"
         got = until_it_stops(loader, StorageError, why)
         client = client_stats(loader)
         assert set(client.failures) == {"deadline"}

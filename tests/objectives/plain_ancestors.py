@@ -83,11 +83,12 @@ def npid_nce(rows: Tensor, index: list[int], bank: Tensor, noise: Tensor, z: flo
     for v, i, others in zip(rows, index, noise.tolist(), strict=True):
         share = len(others) / len(bank)
 
-        def chance(j: int, v: Tensor = v, share: float = share) -> Tensor:
+        def parts(j: int, v: Tensor = v, share: float = share) -> tuple[Tensor, Tensor]:
+            """h and 1 - h; the second is not taken from the first, which next to one would leave few digits of it."""
             p = torch.exp(v @ bank[j] / temperature) / z
-            return p / (p + share)
+            return p / (p + share), share / (p + share)
 
-        terms.append(-torch.log(chance(i)) - torch.stack([torch.log(1 - chance(j)) for j in others]).sum())
+        terms.append(-torch.log(parts(i)[0]) - torch.stack([torch.log(parts(j)[1]) for j in others]).sum())
     return torch.stack(terms).mean()
 
 

@@ -93,7 +93,7 @@ def test_the_loader_goes_on_where_a_server_was_gone(manifest, remote, server, tm
     server.fault("status", 10_000, code=503, path="/set/000002.tar")
     quarantine, got = Quarantine(tmp_path / "b.jsonl"), []
     with load(remote, quarantine, config=config) as loader:
-        with pytest.raises(StorageError, match=r"000002\.tar.*(503|throttled).*deadline.*goes on from the"):
+        with pytest.raises(StorageError, match=r"000002\.tar.*(503|throttled).*deadline.*goes on from what was saved"):
             got.extend(loader)
         stopped = loader.position
     assert [key for batch in got for key in batch.keys] == whole[0][:stopped]

@@ -1,6 +1,7 @@
 """Secrets in addresses: needed to fetch, kept where only the owner reads, and told to nobody else."""
 
 import re
+import threading
 import time
 from pathlib import Path
 from urllib.request import ProxyHandler, build_opener
@@ -28,8 +29,8 @@ def told(root: Path, *, own: bool = False) -> dict[str, str]:
     return found
 
 
-def scraped(worker: Worker) -> list[str]:
-    """Metrics pages, as long as the command serves them."""
+def scraped(worker: Worker, web: Web) -> list[str]:
+    """Metrics pages, as long as the command serves them; the servers that it asks answer once there is one."""
     opener, pages = build_opener(ProxyHandler({})), []
     while worker.poll() is None:
         if url := re.search(r"metrics: (http://127\.0\.0\.1:\d+/metrics)", worker.output()):
@@ -37,6 +38,8 @@ def scraped(worker: Worker) -> list[str]:
                 pages.append(opener.open(url[1], timeout=5).read().decode())
             except OSError:
                 break
+            if web.gate is not None:
+                web.gate.set()
         time.sleep(0.02)
     return pages
 
@@ -66,8 +69,9 @@ def test_no_secret_leaves_the_work_folder(tmp_path: Path, workers: Workers, form
             "1",
         ]
         arguments += ["--allow-private", "--workers", "1"] + (["--json"] if form == "json" else ["--metrics-port", "0"])
+        web.gate = threading.Event() if form == "text" else None
         worker = workers.start("command(arguments)", arguments=arguments)
-        seen = scraped(worker)
+        seen = scraped(worker, web)
         assert worker.join() == 0, worker.output()
         asked = [one.path for one in web.seen]
         refused = workers.start("command(arguments)", arguments=[*arguments[:4], "--append", "--near", "3", "--json"])
