@@ -203,7 +203,7 @@ def bench_learning(
 def bench_scale(
     ranks: int, samples: float, sampled: int, only: tuple[str, ...], out: Path | None, plot: Path | None
 ) -> None:
-    """All ranks of a cluster in one process: exactly once, balance, caches, watching, checkpoints. Some ten minutes."""
+    """All ranks of a cluster in one process: exactly once, balance, caches, watching, checkpoints. Some minutes."""
     from .bench.scale_ranks import main as run
 
     given = [f"--ranks={ranks}", f"--samples={samples}", f"--sampled={sampled}", *(f"--only={part}" for part in only)]

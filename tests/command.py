@@ -93,9 +93,8 @@ def wait(process: Command, happened: Callable[[], bool]) -> None:
         raise
 
 
-FORK = """
-for number, file in enumerate(files, 1):
-    os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
+# How a fork's program ends, with `hold` of [image, file to make there, file to wait for, seconds], or None.
+COMMAND = """
 if hold:
     at, there, go, patience = hold
     forward = Run.forward
@@ -113,6 +112,11 @@ if hold:
     Run.forward = standing
 main(arguments, prog_name="gristmill")
 """
+FORK = """
+for number, file in enumerate(files, 1):
+    os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
+"""
+FORK += COMMAND
 IMPORTS = """
 import gc, os, time
 from gristmill.ops import demo, train

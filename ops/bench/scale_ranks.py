@@ -212,7 +212,14 @@ def main(arguments: list[str]) -> None:
     given.add_argument("--doc", type=Path, help="write the tables between the marks of this page")
     asked = given.parse_args(arguments)
     shards = int(asked.shards or asked.samples // 10_000)
+    if asked.ranks < 16 or asked.ranks % 8:
+        given.error(f"--ranks {asked.ranks}: name a multiple of 8, the ranks of a node, and two nodes at least")
     wanted = Scale(asked.ranks, int(asked.samples), shards, sampled=asked.sampled)
+    if not 0 < shards <= wanted.samples or wanted.samples < 32 * wanted.cluster.batch:
+        given.error(
+            f"--samples {asked.samples:g} in {shards} shards: name a sample a shard at least, and the "
+            f"{32 * wanted.cluster.batch} of 32 batches of {asked.ranks} ranks"
+        )
     rows = [json.loads(line) for line in asked.out.read_text().splitlines()] if asked.out and asked.out.exists() else []
     parts = {"order": order_part, "cache": cache_part, "process": process_part, "monitor": monitor_part}
     parts |= {"elastic": elastic_part, "checkpoints": checkpoints_part}

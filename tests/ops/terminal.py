@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ..command import MINUTES
+from ..command import COMMAND, MINUTES
 from ..workers import Workers
 
 CONTROL = re.compile(r"\x1b\[([?\d;]*)([A-Za-z])|\r|\n|[^\x1b\r\n]")
@@ -115,20 +115,5 @@ signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup: a terminal that 
 os.environ.update(TERM="xterm-256color")
 for name in ("COLUMNS", "LINES", "NO_COLOR"):
     os.environ.pop(name, None)
-if hold:
-    at, there, go, patience = hold
-    forward = Run.forward
-
-    def standing(self, batch, part):
-        if self.position == at:
-            open(there, "w").close()
-            until = time.monotonic() + patience
-            while not os.path.exists(go):
-                if time.monotonic() > until:
-                    os._exit(1)
-                time.sleep(0.02)
-        return forward(self, batch, part)
-
-    Run.forward = standing
-main(arguments, prog_name="gristmill")
 """
+FORK += COMMAND

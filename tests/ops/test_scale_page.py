@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from gristmill.ops.bench import scale_monitor, scale_plot, scale_table
+from gristmill.ops.bench import scale_monitor, scale_plot, scale_ranks, scale_table
 from gristmill.ops.bench.scale_order import Cluster
 from gristmill.ops.monitor.node import merged
 
@@ -39,6 +39,23 @@ def test_the_picture_is_drawn_of_what_is_there(tmp_path: Path):
     scale_plot.draw(rows(), tmp_path / "all.png")
     scale_plot.draw([row for row in rows() if row["part"] == "order"], tmp_path / "order.png")
     assert (tmp_path / "all.png").stat().st_size > (tmp_path / "order.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        (["--samples=0"], "--samples 0 in 0 shards"),
+        (["--ranks=100"], "--ranks 100: name a multiple of 8"),
+        (["--ranks=8"], "--ranks 8: "),
+        (["--ranks=16", "--samples=1e6", "--shards=2e6"], "--samples 1e+06 in 2000000 shards"),
+        (["--ranks=4096", "--samples=1e6"], "the 1048576 of 32 batches of 4096 ranks"),
+    ],
+)
+def test_sizes_that_make_no_sense_are_refused(mistake: list[str], said: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended:
+        scale_ranks.main(mistake)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err.partition("error: ")[2]
 
 
 def test_each_rank_has_a_target_of_its_own_and_a_node_one_page(tmp_path: Path):
