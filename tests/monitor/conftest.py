@@ -23,8 +23,10 @@ def night(
     for scale in SCALES:
         with night_of(tmp_path_factory.mktemp("night"), workers, scale) as night:
             print(night.table())
-            if night.disturbed and night.wrong() and scale != SCALES[-1]:
-                print(f"{night.wrong()} went otherwise, and {night.disturbed}: once more, slower")
+            if night.wrong() and scale != SCALES[-1]:
+                # A second in which nothing runs is more than a minute of the rules, also before the faults. What is
+                # really wrong is wrong slower, too.
+                print(f"{night.wrong()} went otherwise ({night.disturbed or 'undisturbed'}): once more, slower")
                 continue
             if target := request.config.getoption("--alert-table", default=None):
                 Path(target).write_text(night.table())
