@@ -14,6 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,6 +28,7 @@ from .augment import DecodeError, chosen
 from .batch import Batch, Executor, LoaderError, StallError
 from .buffer import Buffer
 from .draws import Plan, draw
+from .handover import Handover
 from .order import Ints, Order, Readable
 from .reader import Reader, ReadResult, decodes
 from .stats import Stage, Stats, bottleneck
@@ -89,8 +91,8 @@ class Loader:
             raise LoaderError(f"batch {batch} does not divide among {world} ranks: choose a multiple of the world size")
         if stop is not None and world > 1:
             raise LoaderError("a stream with an end gives ranks unequal numbers of batches: read it on one rank")
-        if executor is None and device == "gpu" and config.augment == "cpu":
-            raise LoaderError("augment: cpu leaves views in main memory: on a GPU choose dali, or auto")
+        if device == "gpu" and not torch.cuda.is_available():
+            raise LoaderError("device gpu: torch sees no GPU here")
         if order is None:
             if not isinstance(manifest, Manifest):
                 raise LoaderError("several data sets are read in the order of a Stream: give one as `order`")
@@ -100,7 +102,8 @@ class Loader:
         self.stall = config.stall if stall is None else stall
         self.stats = Stats(ready_capacity=config.prefetch, encoded_capacity=_READ_AHEAD, quarantined=quarantine.count)
         self._local, self._rank, self._stop = batch // world, rank, stop
-        self._executor, self._device_id = executor, device_id
+        self._executor = executor
+        self._handover = Handover(device_id) if device == "gpu" else None
         self._take_down: Callable[[], object] = lambda: None
         self._device: Literal["cpu", "gpu"] = device
         self._encoded: Buffer[_Item] = Buffer(_READ_AHEAD)
@@ -168,6 +171,8 @@ class Loader:
         self._ready.pop()
         self._position = item.position + (self.batch if self._stop is None else len(item.batch.keys))
         self._book(item.read)
+        if self._handover:
+            self._handover.received(item.batch.views)
         return item.batch
 
     def close(self) -> None:
@@ -276,6 +281,12 @@ class Loader:
 
     def _augment_all(self) -> None:
         """The second thread: take the oldest encoded batch, augment it, put it where the consumer finds it."""
+        with self._handover.sending() if self._handover else nullcontext():
+            self._augment_each()
+            self._executor = None  # taken down in the thread that ran it
+            self._take_down()
+
+    def _augment_each(self) -> None:
         while self._ready.turn() is not None:
             while (item := self._encoded.first(_TICK)) is None and not self._encoded.closed:
                 continue
@@ -295,8 +306,6 @@ class Loader:
                 self._augmenting = None
                 self.stats.augment_seconds += time.monotonic() - begin
             self._ready.put(item.generation, item, last=item.error is not None)
-        self._executor = None  # taken down in the thread that ran it
-        self._take_down()
 
     def _positions(self, position: int) -> np.ndarray:
         first = position + self._rank * self._local
@@ -311,6 +320,7 @@ class Loader:
             draws = draw(self.plan, self.config.seed, positions, read.sizes)
             try:
                 views = self._executor.run(read.data, draws)
+                views = self._handover.send(views) if self._handover else views
                 break
             except DecodeError as error:
                 # Without a culprit, or with every image of the batch at once, it is the decoder that broke: say so,
@@ -344,6 +354,5 @@ class Loader:
             return executor
         from .augment.dali import DaliExecutor
 
-        return DaliExecutor(
-            self.plan, device=self._device, device_id=self._device_id, threads=threads, batch=self._local
-        )
+        # Without an id it is the current GPU, which the handover has made its own in this thread.
+        return DaliExecutor(self.plan, device=self._device, threads=threads, batch=self._local)

@@ -1,7 +1,7 @@
 """Carries draws out with DALI: each image is decoded once and all crops cut of it; the same graph for CPU and GPU.
 
-decode.py decodes, packed.py turns the draws into the numbers that the graph in graph.py reads; here they are put
-together and handed a batch at a time. Nothing is prefetched inside: the loader's threads do that.
+decode.py decodes, packed.py turns the draws into the numbers that the graphs in graph.py read, one graph a view; here
+they are put together and handed a batch at a time. Nothing is prefetched inside: the loader's threads do that.
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from nvidia.dali.tensors import TensorCPU, TensorGPU, TensorListCPU, TensorListGPU
 from torch import Tensor
 
 from ..draws import Draws, Plan
 from . import DecodeError
 from .decode import Decoder
-from .graph import Device, multi_crop
+from .graph import Device, crops_of
 from .packed import pack
 
 DTYPES = (torch.float32, torch.float16)
 
 
 class DaliExecutor:
-    """Decodes and runs `multi_crop` for batches of up to `batch` images.
+    """Decodes and runs `crops_of` of each view for batches of up to `batch` images.
 
     device "cpu" needs no driver and no `device_id`; "gpu" decodes on the GPU `device_id` (default: torch's current one)
     and leaves the views there. dtype: of the views, float32 or float16. What comes out for an image depends on that image and its draws alone, bit for bit.
@@ -49,9 +50,14 @@ class DaliExecutor:
         self.device_id = device_id if device == "gpu" else None
         self.batch, self.dtype = batch, dtype
         self._decoder = Decoder(device, self.device_id, threads)
-        how: dict[str, Any] = {"batch_size": batch, "num_threads": threads, "device_id": self.device_id}
-        self._pipeline: Any = multi_crop(plan, device, dtype == torch.float16, **how)
-        self._pipeline.build()
+        how: dict[str, Any] = {"num_threads": threads, "device_id": self.device_id}
+        half = dtype == torch.float16
+        self._pipelines: list[Any] = [
+            crops_of(plan, view, device, half, batch_size=batch * view.count, **how) for view in plan.views
+        ]
+        for pipeline in self._pipelines:
+            pipeline.build()
+        self._read: list[Any] = []  # images that the graphs may still read: on a GPU they are done later
 
     def run(self, data: Sequence[NDArray[np.uint8]], draws: Draws) -> dict[str, Tensor]:
         """Encoded images and their draws -> for each view's name a tensor [B, n, 3, H, W], normalised.
@@ -67,9 +73,19 @@ class DaliExecutor:
         bad = [slot for slot, image in enumerate(images) if image is None or tuple(image.shape) != noted[slot]]
         if bad:
             raise DecodeError(bad)
-        self._pipeline.feed_input("image", images)
-        self._pipeline.feed_input("packed", pack(self.plan, draws))
-        stream = {} if self.device_id is None else {"cuda_stream": torch.cuda.current_stream(self.device_id)}
-        outputs = self._pipeline.run(**stream)
-        named = zip(self.plan.views, outputs, strict=True)
-        return {view.name: torch.from_dlpack(output.as_tensor()) for view, output in named}
+        gpu = self.device_id is not None
+        stream = torch.cuda.current_stream(self.device_id) if gpu else None
+        kinds: tuple[Any, Any] = (TensorGPU, TensorListGPU) if gpu else (TensorCPU, TensorListCPU)
+        one, many = kinds
+        given, packed = [one(image, "HWC") for image in images], pack(self.plan, draws)
+        for view, pipeline in zip(self.plan.views, self._pipelines, strict=True):
+            repeated = many([image for image in given for _ in range(view.count)], "HWC", contiguous=False)
+            pipeline.feed_input("image", repeated, cuda_stream=stream)
+            rows = packed[:, self.plan.columns[view.name]]
+            pipeline.feed_input("packed", np.ascontiguousarray(rows.reshape(-1, rows.shape[-1])))
+            pipeline.schedule_run()
+        # The outputs' stream waits for the graphs, and whoever reuses the images' memory on that stream does too.
+        made = [pipeline.outputs(stream)[0].as_tensor() for pipeline in self._pipelines]
+        self._read = images if gpu else []
+        named = zip(self.plan.views, map(torch.from_dlpack, made), strict=True)
+        return {view.name: crops.unflatten(0, (-1, view.count)) for view, crops in named}

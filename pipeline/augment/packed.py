@@ -29,9 +29,7 @@ PADDED, PAD_FROM, PAD_SHAPE = 25, slice(26, 28), slice(28, 30)  # of the window;
 SIZE, WARPED, MATRIX = slice(30, 32), 32, slice(33, 39)  # (h, w) after resizing; crop to resized pixels, edges at 0
 KINDS, ARGUMENTS = (39, 40), (41, 53)  # of both operations on pixels: which, and the first of its 12 numbers
 ERASED, HOLE, HOLE_SHAPE, NOISE, PLACE = 65, slice(66, 68), slice(68, 70), slice(70, 72), slice(72, 74)
-# The image's own needs, noted with its first crop: is any crop cut of the equalised image, stretched, or contrasted?
-NEEDS_EQUALIZED, NEEDS_RANGE, NEEDS_MEAN = 74, 75, 76
-STRONG_WIDTH = 77
+STRONG_WIDTH = 74
 
 # What the graph can do to pixels; several of the 15 operations share a form.
 LINEAR, POSTERIZE, SOLARIZE, ADD, STATISTICAL, MIX, SHARPEN, EQUALIZE = range(1, 9)
@@ -125,8 +123,6 @@ class _Changed:
             rows[:, first : first + 12] = _numbers(operation, argument)
         self._put_places(rows)
         packed[self.at] = rows
-        for need, operation in ((NEEDS_EQUALIZED, "Equalize"), (NEEDS_RANGE, "AutoContrast"), (NEEDS_MEAN, "Contrast")):
-            packed[self.at[0][self.first == NUMBER[operation]], 0, need] = 1
 
     def _put_places(self, rows: Floats) -> None:
         """What is cut, how large it is resized, and how the crop lies in that."""

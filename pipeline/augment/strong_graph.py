@@ -2,9 +2,9 @@
 
 Each operation on pixels is one conditional: DALI hands the samples concerned to a branch and joins them with the others
 after it, without a copy. All of it works on uint8 windows at the source's scale (packed.py says which), as PIL does.
-Statistics are taken once an image, and only if a crop asks for them; what a crop's second operation needs to know of
-the first one's result is taken of that result, whose window is then the whole image. Numbers that meet pixels have to
-be where the pixels are (`here`), those that choose or configure stay on the CPU (`row`).
+Statistics are those of the whole image, taken where a crop asks for them; what a crop's second operation needs to know
+of the first one's result is taken of that result, whose window is then the whole image. Numbers that meet pixels have
+to be where the pixels are (`here`), those that choose or configure stay on the CPU (`row`).
 """
 
 from __future__ import annotations
@@ -34,13 +34,6 @@ def upright(pixels: Node) -> Node:
     return fn.reshape(pixels, layout="HWC")
 
 
-class Statistics:
-    """Of whole images: `equalized` images; how AutoContrast scales and moves each channel; the mean luma, rounded."""
-
-    def __init__(self, equalized: Node, scale: Node, offset: Node, mean: Node) -> None:
-        self.equalized, self.scale, self.offset, self.mean = equalized, scale, offset, mean
-
-
 def _range(pixels: Node) -> tuple[Node, Node]:
     """AutoContrast's scale and offset, float [1, 1, 3] each; a channel of one value stays."""
     low: Node = fn.cast(fn.reductions.min(pixels, axes=[0, 1], keep_dims=True), dtype=types.FLOAT)
@@ -58,26 +51,13 @@ def _mean(pixels: Node, device: str) -> Node:
     return upright(math.floor(luma + 0.5) + means * 0.0)
 
 
-def statistics(image: Node, first: Node, device: str) -> Statistics:
-    """Of the images whose crops ask for it; `first` is the row of an image's first crop."""
-    ones = types.Constant(np.ones((1, 1, 3), np.float32), device=device)
-    equalized, scale, offset, mean = image, upright(ones), upright(ones), upright(ones)  # neutral: never looked at
-    if first[at.NEEDS_EQUALIZED] > 0:
-        equalized = fn.equalize(image)
-    if first[at.NEEDS_RANGE] > 0:
-        scale, offset = _range(image)
-    if first[at.NEEDS_MEAN] > 0:
-        mean = _mean(image, device)
-    return Statistics(equalized, scale, offset, mean)
-
-
-def prepared(image: Node, row: Node, of_image: Statistics, device: str) -> Node:
+def prepared(image: Node, row: Node, device: str) -> Node:
     """What a crop with operations is resized from: uint8 [h, w, 3]."""
     source = image
     if row[at.EQUALIZED] > 0:
-        source = of_image.equalized
+        source = fn.equalize(image)
     part: Node = fn.slice(source, row[at.FROM], row[at.WINDOW_SHAPE], fill_values=list(FILL), **_NO_NORM)
-    part = _on_pixels(part, row, 0, of_image, device)
+    part = _on_pixels(part, row, 0, image, device)
     if row[at.KINDS[1]] > 0:
         part = _on_pixels(part, row, 1, None, device)
     if row[at.PADDED] > 0:
@@ -85,8 +65,8 @@ def prepared(image: Node, row: Node, of_image: Statistics, device: str) -> Node:
     return part
 
 
-def _on_pixels(part: Node, row: Node, slot: int, of_image: Statistics | None, device: str) -> Node:
-    """One operation on pixels, or none; statistics are those given, or of `part` itself."""
+def _on_pixels(part: Node, row: Node, slot: int, image: Node | None, device: str) -> Node:
+    """One operation on pixels, or none; statistics are those of the image, or (None) of `part` itself."""
     kind, first = row[at.KINDS[slot]], at.ARGUMENTS[slot]
     if kind == at.LINEAR:
         part = fn.brightness_contrast(part, brightness=row[first], brightness_shift=row[first + 1])
@@ -98,11 +78,9 @@ def _on_pixels(part: Node, row: Node, slot: int, of_image: Statistics | None, de
         more = fn.cast(here(row[first], device), dtype=types.UINT8)
         part = upright(part + (part < types.Constant(128, types.UINT8)) * more)
     if kind == at.STATISTICAL:
-        if of_image is None:
-            scale, offset = _range(part)
-            mean = _mean(part, device)
-        else:
-            scale, offset, mean = of_image.scale, of_image.offset, of_image.mean
+        whole = part if image is None else image
+        scale, offset = _range(whole)
+        mean = _mean(whole, device)
         stretch, factor = here(row[first], device), here(row[first + 1], device)
         times: Node = stretch * scale + (1.0 - stretch) * factor
         plus: Node = stretch * offset + (1.0 - stretch) * (1.0 - factor) * mean + at.TRUNCATE
@@ -112,7 +90,7 @@ def _on_pixels(part: Node, row: Node, slot: int, of_image: Statistics | None, de
         part = fn.coord_transform(part, MT=matrix, dtype=types.UINT8)
     if kind == at.SHARPEN:
         part = fn.filter(part, here(fn.reshape(row[first : first + 9], shape=[3, 3]), device))
-    if of_image is None:  # a first operation's is that of the image, see `prepared`
+    if image is None:  # a first operation's is that of the image, see `prepared`
         equalize = kind == at.EQUALIZE
         if equalize:
             part = fn.equalize(part)

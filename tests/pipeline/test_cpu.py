@@ -247,8 +247,30 @@ def test_the_loader_takes_it_where_there_is_no_gpu(manifest, quarantine):
     dali = config.model_copy(update={"augment": "dali"})
     theirs = collect(load(manifest, quarantine, executor=None, batch=6, config=dali), 1)[2]["views.global"]
     assert (theirs - whole[2]["views.global"][:6]).abs().max() < 0.05
-    with pytest.raises(LoaderError, match="augment: cpu"):
-        load(manifest, quarantine, executor=None, device="gpu", config=CONFIG.model_copy(update={"augment": "cpu"}))
+
+
+def test_a_gpu_that_is_not_there_is_named(manifest, quarantine, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(LoaderError, match="torch sees no GPU"):
+        load(manifest, quarantine, executor=None, device="gpu")
+
+
+@pytest.mark.gpu
+def test_its_views_come_to_a_gpu_bit_for_bit(manifest, quarantine):
+    own = CONFIG.model_copy(update={"augment": "cpu"})
+    here = collect(load(manifest, quarantine, executor=None, batch=6, config=own), N // 6)
+    there = load(manifest, quarantine, executor=None, batch=6, config=own, device="gpu")
+    busy = torch.zeros(4096, 4096, device="cuda")
+    found = []
+    with there:
+        for _ in range(N // 6):
+            batch = next(there)
+            assert all(view.is_cuda for view in batch.views.values())
+            busy = busy @ busy  # what reads the views waits behind this, while the next batches are made
+            found.append({name: view + busy[0, 0] for name, view in batch.views.items()})
+            del batch
+    for name in found[0]:
+        assert torch.equal(torch.cat([views[name] for views in found]).cpu(), here[2][f"views.{name}"])
 
 
 def test_importing_it_loads_no_dali():

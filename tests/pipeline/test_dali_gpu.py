@@ -7,7 +7,7 @@ import pytest
 import torch
 from gristmill.pipeline.augment import DecodeError
 from gristmill.pipeline.augment.dali import DaliExecutor
-from gristmill.pipeline.augment.graph import multi_crop
+from gristmill.pipeline.augment.graph import crops_of
 from gristmill.pipeline.draws import Draws, Plan, draw
 from gristmill.pipeline.groups import named_views
 from gristmill.pipeline.views import View
@@ -68,10 +68,24 @@ RECIPES = {
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_operator_of_the_graph_has_a_gpu_form(recipe: str):
-    graph = multi_crop(Plan(RECIPES[recipe]), "gpu", **{"batch_size": 4, "num_threads": 1, "device_id": None})
-    assert gpu_problems(graph) == []
-    placed = [made._op.device for made in graph._ops or ()]
-    assert placed.count("gpu") > 3
+    plan = Plan(RECIPES[recipe])
+    for view in plan.views:
+        graph: Any = crops_of(plan, view, "gpu", **{"batch_size": 4, "num_threads": 1, "device_id": None})
+        assert gpu_problems(graph) == []
+        placed = [made._op.device for made in graph._ops]
+        assert placed.count("gpu") > 1
+
+
+def test_a_graph_does_not_grow_with_crops():
+    """An operator costs tens of microseconds on a GPU, whatever it does."""
+
+    def operators(count: int) -> int:
+        plan = Plan([View.model_validate({"name": "local", "size": 32, "strong": "mugs", "count": count})])
+        graph: Any = crops_of(plan, plan.views[0], "cpu", batch_size=4, num_threads=1, device_id=None)
+        graph.build()
+        return len(graph._ops)
+
+    assert operators(10) == operators(3) < 400
 
 
 def test_the_lint_sees_what_a_gpu_cannot_do():
