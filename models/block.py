@@ -1,7 +1,8 @@
 """The block of a ViT: timm's, whose branches may be scaled or dropped by sample, and which keeps less for its backward.
 
 Stochastic depth (arXiv 1603.09382) drops samples, so what is dropped need not be computed; norms and GELU are computed once
-more in backward instead of being kept (lean.py); the rest is timm's, to rounding, with timm's parameter names.
+more in backward instead of being kept (lean.py); in bf16 on a CPU the gradient of attention is made of batched products;
+the rest is timm's, to rounding, with timm's parameter names.
 """
 
 from __future__ import annotations
@@ -13,10 +14,14 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from .host import on_host
 from .lean import forgetting, normed
+
+# Cells of attention maps that a backward by products makes at a time: 4 MiB of float32, which stay in a CPU's cache.
+MAP_CELLS = 1 << 20
 
 
 class ScaledBlock(Block):
@@ -58,19 +63,16 @@ class ScaledBlock(Block):
         if len(kept) == len(factors):
             return torch.add(x, branch(x), alpha=factor)
         rows = torch.tensor(kept)
-        added = branch(x[rows])
+        added = branch(x.index_select(0, rows))  # the gradient of x[rows] would go back row by row, ten times slower
         return torch.index_add(x, 0, rows, added.to(x.dtype), alpha=factor)
 
     def _attention(self, x: Tensor, lean: bool) -> Tensor:
         attention: Any = self.attn
-        n, t, d = x.shape
         y, again = normed(self.norm1, x)
         with forgetting(y, again, lean):
             joined = attention.qkv(y)
-        # Split by width: backward joins the three gradients where they belong, instead of stacking and then turning them.
-        query, key, value = (part.view(n, t, -1, attention.head_dim).transpose(1, 2) for part in joined.split(d, -1))
-        mixed = scaled_dot_product_attention(query, key, value)
-        return attention.proj(mixed.transpose(1, 2).reshape(n, t, d))
+        form = _ByProducts.apply if _by_products(joined, attention.num_heads) else attend
+        return attention.proj(form(joined, attention.num_heads))
 
     def _mlp(self, x: Tensor, lean: bool) -> Tensor:
         mlp: Any = self.mlp
@@ -81,3 +83,60 @@ class ScaledBlock(Block):
         kept = hidden.detach()
         with forgetting(y, lambda: gelu(kept), lean):
             return mlp.fc2(y)
+
+
+def attend(joined: Tensor, heads: int) -> Tensor:
+    """Queries, keys and values side by side [n, t, 3d] to what the heads gather [n, t, d]."""
+    n, t, d = joined.shape[0], joined.shape[1], joined.shape[2] // 3
+    # Split by width: backward joins the three gradients where they belong, instead of stacking and then turning them.
+    query, key, value = (part.view(n, t, heads, -1).transpose(1, 2) for part in joined.split(d, -1))
+    return scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(n, t, d)
+
+
+def _by_products(joined: Tensor, heads: int) -> bool:
+    """Whether the gradient is better made of batched products: in bf16, on a CPU that has fast ones, of maps of common size."""
+    if joined.dtype != torch.bfloat16 or torch.compiler.is_compiling() or not on_host(joined.device.type):
+        return False
+    fits = heads * joined.shape[1] ** 2 <= MAP_CELLS
+    return fits and torch.is_grad_enabled() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+class _ByProducts(torch.autograd.Function):
+    """`attend`, bit for bit, whose backward makes the maps again and is five batched products around their softmax.
+
+    On a CPU the backward of torch's fused attention multiplies head by head, and in bf16 each product is a call of its own:
+    over 37 tokens it takes seven times as long as this, over 197 twice. Scores are float32 here as they are there.
+    """
+
+    @staticmethod
+    def forward(ctx, joined: Tensor, heads: int) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(joined)
+        ctx.heads = heads
+        return attend(joined, heads)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        (joined,) = ctx.saved_tensors
+        slope = torch.empty_like(joined)
+        at_once = max(1, MAP_CELLS // (ctx.heads * joined.shape[1] ** 2))  # samples
+        for parts in zip(joined.split(at_once), grad.split(at_once), slope.split(at_once), strict=True):
+            _slope(*parts, ctx.heads)
+        return slope, None
+
+
+def _slope(joined: Tensor, grad: Tensor, out: Tensor, heads: int) -> None:
+    """Gradient of `attend`: joined [n, t, 3d] and the gradient of what was gathered [n, t, d] to `out` [n, t, 3d]."""
+    n, t, width = joined.shape
+    size = width // 3 // heads
+    query, key, value = joined.view(n, t, 3, heads, size).permute(2, 0, 3, 1, 4).reshape(3, n * heads, t, size).unbind()
+    grad = grad.reshape(n, t, heads, size).transpose(1, 2).reshape(n * heads, t, size)
+    scores = torch.empty(n * heads, t, t, device=joined.device)
+    torch.baddbmm(scores, query.float(), key.float().mT, beta=0, alpha=size**-0.5, out=scores)
+    maps = scores.softmax(-1).to(joined.dtype)
+    of_scores = torch.ops.aten._softmax_backward_data(torch.bmm(grad, value.mT), maps, -1, maps.dtype)
+    parts = torch.empty(3, n * heads, t, size, dtype=joined.dtype, device=joined.device)
+    torch.baddbmm(parts[0], of_scores, key, beta=0, alpha=size**-0.5, out=parts[0])
+    torch.baddbmm(parts[1], of_scores.mT, query, beta=0, alpha=size**-0.5, out=parts[1])
+    torch.bmm(maps.mT, grad, out=parts[2])
+    out.view(n, t, 3, heads, size).copy_(parts.view(3, n, heads, t, size).permute(1, 3, 0, 2, 4))

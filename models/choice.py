@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .pairs import WHO, Pair, Who, pair_of
+from .pair import WHO, Pair, Who, pair_of
 from .unpickle import WeightsError
 
 # Under which files keep the one network that they hold; VISSL's nest all of the latter.

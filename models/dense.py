@@ -80,4 +80,4 @@ def _averages(side: int, grid: int, like: Tensor) -> Tensor:
     last = -(-(torch.arange(grid) + 1) * side // grid)
     place = torch.arange(side)
     inside = ((place >= first[:, None]) & (place < last[:, None])).double()
-    return (inside / inside.sum(1, keepdim=True)).to(like)
+    return (inside / inside.sum(1, keepdim=True)).to(like, non_blocking=True)

@@ -1,6 +1,6 @@
 """Whether code goes the way that it has for a CPU: smaller blocks, a look at values, which would make a GPU's host wait.
 
-Everybody who decides by the kind of device asks here. A context variable turns the answer around where a GPU's way is
+And `constant`, for numbers that the host knows and a GPU is to have. Everybody who decides by the kind of device asks here. A context variable turns the answer around where a GPU's way is
 to be looked at without one: `gristmill plan` follows a step on tensors that are a CPU's in name only.
 """
 
@@ -9,6 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
 
 _elsewhere: ContextVar[bool] = ContextVar("_elsewhere", default=False)
 
@@ -26,3 +30,12 @@ def off_host() -> Iterator[None]:
         yield
     finally:
         _elsewhere.reset(token)
+
+
+def constant(numbers: Any, like: Tensor) -> Tensor:
+    """Numbers (nested lists of them) as a tensor of the type and on the device of `like`, without a wait.
+
+    `like.new_tensor` would wait until a GPU has done all that it was asked for. Here the copy is only queued: the driver
+    has taken the numbers before the call returns.
+    """
+    return torch.tensor(numbers, dtype=like.dtype).to(like.device, non_blocking=True)

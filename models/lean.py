@@ -39,9 +39,9 @@ def forgetting(value: Tensor, again: Callable[[], Tensor], wanted: bool = True) 
 
 
 def normed(norm: nn.Module, x: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
-    """`norm(x)`, in autocast's type where that is on, and how to have it again without the norm's weights at hand.
+    """`norm(x)`, in autocast's type where that is on, and how to have it again.
 
-    ZeRO 3 takes weights away between forward and backward: copies of these few numbers stay.
+    ZeRO 3 takes weights away between forward and backward: there copies of these few numbers stay.
     """
     assert isinstance(norm, nn.LayerNorm)
     device = x.device.type
@@ -49,7 +49,9 @@ def normed(norm: nn.Module, x: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
     y = norm(x)
     y = y if dtype is None else y.to(dtype)  # what a linear layer would do by itself, out of sight
     shape, eps, source = norm.normalized_shape, norm.eps, x.detach()
-    weight, bias = norm.weight.detach().clone(), norm.bias.detach().clone()
+    weight, bias = norm.weight.detach(), norm.bias.detach()
+    if hasattr(norm.weight, "ds_id"):
+        weight, bias = weight.clone(), bias.clone()
 
     def again() -> Tensor:
         with torch.no_grad(), torch.autocast(device, enabled=dtype is not None, dtype=dtype):

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from .batch_norm import BatchNorm
 from .block import ScaledBlock
 from .initial import generator
+from .patches import as_product
 
 PosInterp = Literal["official", "timm"]
 
@@ -139,6 +140,7 @@ def build_backbone(
         raise ValueError(
             f"backbone {name!r} is not a plain ViT (class token, learned positions, GELU); choose one that is"
         )
+    as_product(backbone.patch_embed.proj)  # pyright: ignore[reportArgumentType]
     backbone.heads = block.attn.num_heads
     backbone.register_parameter("mask_token", None)
     backbone.pos_interp, backbone.stride = pos_interp, patch

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .choice import BESIDE, choose
 from .layouts import alterations, owner, place
 from .measures import Measures, ResNetMeasures, is_resnet, measure
-from .pairs import Pair, Who
+from .pair import Pair, Who
 from .student import Student
 from .unpickle import WeightFile, WeightsError, read_weights
 from .vit import PosInterp, resize_pos_embed
