@@ -108,7 +108,7 @@ class BankObjective:
         index = self._index(info)
         with torch.autocast(rows.device.type, enabled=False):
             rows = rows.to(self.dtype)
-            there = index.to(rows.device)
+            there = index.to(rows.device, non_blocking=True)
             # As they are: after the first step rows have length 1, the ones drawn at the start about that.
             own = self.rows[there].to(self.dtype)
             commit = {"index": there, "rows": rows.detach()}
@@ -117,7 +117,7 @@ class BankObjective:
                 loss = (lse - (rows * own).sum(1) / config.temperature).mean()
             else:
                 noise = self.draw(info.position, index) if noise is None else noise
-                noise = noise.to(rows.device)
+                noise = noise.to(rows.device, non_blocking=True)
                 log_z = self.log_z
                 if log_z is None:
                     commit["mean"] = self._log_means(rows.detach(), own, noise)
@@ -191,8 +191,8 @@ class BankObjective:
             self.log_z = self._log_z(outcome.commit["mean"])
         index = outcome.commit["index"].cpu()
         for turn in _turns(index):
-            there = index[turn].to(self.rows.device)
-            given = outcome.commit["rows"][turn.to(self.rows.device)].to(self.dtype)
+            there = index[turn].to(self.rows.device, non_blocking=True)
+            given = outcome.commit["rows"][turn.to(self.rows.device, non_blocking=True)].to(self.dtype)
             moved = torch.lerp(given, self.rows[there].to(self.dtype), self.config.momentum)
             self.rows[there] = F.normalize(moved, dim=1).to(self.rows.dtype)
         index = index.unique()

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..models.host import constant
 from ..models.prototypes import rows_in_block
 from .contrast import streamed_logsumexp
 from .memory import check_state
@@ -142,10 +143,10 @@ class BatchContrastObjective:
                 wanted = [j for j, weight in enumerate(weights[i]) if weight]
                 if not wanted:
                     continue
-                rows = queries[wanted, part]
+                rows = torch.stack([queries[j, part] for j in wanted])
                 lse, top = streamed_logsumexp(rows.flatten(0, 1), candidates[i].contiguous(), temperature)
                 logits = (rows * key).sum(-1) / temperature
-                share = rows.new_tensor([weights[i][j] for j in wanted]) * (len(key) / info.batch)
+                share = constant([weights[i][j] for j in wanted], rows) * (len(key) / info.batch)
                 loss = loss + (share * (lse.view_as(logits) - logits).mean(-1)).sum()
                 with torch.no_grad():
                     similarity = similarity + (share * logits.mean(-1)).sum() * temperature

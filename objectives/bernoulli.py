@@ -33,7 +33,7 @@ def uniform_block(key: int, positions: Tensor, streams: Sequence[int], start: in
     assert start % 4 == 0
     device = positions.device
     c0, c1 = (positions & _LOW).view(1, -1, 1), ((positions >> 32) & _LOW).view(1, -1, 1)
-    c2 = torch.tensor(list(streams), device=device).view(-1, 1, 1)
+    c2 = torch.tensor(list(streams)).to(device, non_blocking=True).view(-1, 1, 1)
     c3 = torch.arange(start // 4, -(-stop // 4), device=device).view(1, 1, -1)
     k0, k1 = key & _LOW, key >> 32
     for round_ in range(_ROUNDS):

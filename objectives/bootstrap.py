@@ -14,6 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from ..models.host import constant
 from .memory import check_state
 from .protocol import Outcome, StepInfo, pair_weights
 
@@ -71,7 +72,7 @@ class BootstrapObjective:
             rows, targets = rows.to(self.dtype), targets.detach().to(self.dtype)
             crops, aims = rows.view(-1, info.batch, self.dim), targets.view(-1, info.batch, self.dim)
             cosine = torch.einsum("gbd,cbd->gcb", aims, crops).mean(-1)
-            cosine = (cosine * rows.new_tensor(weights)).sum()
+            cosine = (cosine * constant(weights, rows)).sum()
             loss = 2 * (2 - 2 * cosine) if self.config.form == "byol" else -cosine
         logs: dict[str, Tensor | float] = {
             f"loss/{self.name}": loss.detach(),

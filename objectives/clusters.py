@@ -140,7 +140,7 @@ class ClustersObjective:
         """
         rows = info.output(self.name, "student", student)
         index = self._check(rows, info)
-        labels = self.assignments[:, index].to(rows.device, torch.int64)  # [heads, B]
+        labels = self.assignments[:, index].to(rows.device, torch.int64, non_blocking=True)  # [heads, B]
         with torch.autocast(rows.device.type, enabled=False):
             rows = rows.to(self.memory.dtype)
             terms, hits, close = [], [], []
@@ -163,7 +163,7 @@ class ClustersObjective:
             f"{self.name}/positive_similarity": torch.stack(close).mean(),
             f"{self.name}/age": float(info.position - self.clustered),  # of the clusters, in images
         }
-        return Outcome(loss, logs, {"projections": kept, "index": index.to(rows.device)})
+        return Outcome(loss, logs, {"projections": kept, "index": index.to(rows.device, non_blocking=True)})
 
     def _check(self, rows: Tensor, info: StepInfo) -> Tensor:
         crops, images, dim = self.memory.shape
@@ -193,7 +193,7 @@ class ClustersObjective:
         numbers = outcome.commit["index"].cpu().numpy()
         _, last = np.unique(numbers[::-1], return_index=True)
         at = torch.from_numpy(len(numbers) - 1 - last)
-        index, at = torch.from_numpy(numbers)[at].to(self.memory.device), at.to(self.memory.device)
+        index, at = (x.to(self.memory.device, non_blocking=True) for x in (torch.from_numpy(numbers)[at], at))
         self.memory[:, index] = outcome.commit["projections"][at].transpose(0, 1).to(self.memory)
 
     def state(self) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..models.host import constant
 from ..models.prototypes import rows_in_block
 from .protocol import images_of, pair_weights
 
@@ -94,7 +95,7 @@ def contrast(
     ValueError when shapes disagree.
     """
     batch = images_of(student, teacher, student_crops, teacher_crops)
-    weights = student.new_tensor(pair_weights(teacher_crops, student_crops, student_globals, same=same))
+    weights = constant(pair_weights(teacher_crops, student_crops, student_globals, same=same), student)
     crops = student.view(student_crops, batch, -1)
     positive = torch.einsum("gbd,cbd->gcb", teacher.detach().view(teacher_crops, batch, -1), crops)
     lse, top = (t.view(student_crops, batch) for t in streamed_logsumexp(student, queue, temperature, block))

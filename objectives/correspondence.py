@@ -92,7 +92,7 @@ def counterparts(
     across = (torch.linalg.inv(of_key) @ of_query)[:, :2].to(torch.float32)
     metric = of_key[:, :2, :2].mT @ of_key[:, :2, :2]  # squared lengths in the source of steps on the key's grid
     metric = (metric / metric.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]).to(torch.float32)
-    across, metric = across.to(device), metric.to(device)
+    across, metric = across.to(device, non_blocking=True), metric.to(device, non_blocking=True)
 
     place = _cells(rows, device) @ across[:, :, :2].mT + across[:, None, :, 2]  # [B, Sq, 2]
     inside = ((place >= -0.5) & (place <= side - 0.5)).all(-1)

@@ -203,7 +203,7 @@ class HierarchyObjective:
     def _scenes(self, crops: Tensor, keys: Tensor, info: StepInfo) -> list[Scene]:
         # What an image's masks are drawn from is the step's position and its own number: nothing of ranks or micro-batches.
         places = torch.arange(info.rank * info.batch, (info.rank + 1) * info.batch)
-        numbers = (places if info.index is None else info.index).to(crops.device)
+        numbers = (places if info.index is None else info.index).to(crops.device, non_blocking=True)
         draws = keyed(self.seed, f"{self.name}/{info.position}"), numbers
         scenes = []
         for i, key in enumerate(keys):
@@ -214,7 +214,7 @@ class HierarchyObjective:
                 )
             chosen = [*wide, *range(info.student_globals, info.student_crops)]
             whole = chosen == list(range(info.student_crops))
-            scenes.append(Scene(i, key, crops if whole else crops[chosen], len(wide), draws))
+            scenes.append(Scene(i, key, crops if whole else torch.stack([crops[j] for j in chosen]), len(wide), draws))
         return scenes
 
     @torch.no_grad()
@@ -231,7 +231,7 @@ class HierarchyObjective:
                 f"{self.name}: numbers {info.index.min()} to {info.index.max()} of {len(info.index)} images do not fit "
                 f"{info.batch} of a data set of {len(self.table)}; take assign: stream where data sets grow or mix"
             )
-        known = self.table[info.index].long().to(key.device)
+        known = self.table[info.index].long().to(key.device, non_blocking=True)
         if (self.table[info.index] < 0).any():
             known = torch.where(known < 0, self.tree.assign(key), known)
         return self.tree.lineage(known)

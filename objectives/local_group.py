@@ -142,7 +142,7 @@ class LocalGroupObjective:
             cosine = F.normalize(rows[:HEALTH_IMAGES], dim=1) @ self.student.rows.T
             nearest = cosine.div_(self.student.norms.clamp_min(1e-12)).topk(self.config.neighbours, dim=1)
         seen = rows.new_zeros(self.student.capacity)
-        seen[nearest.indices.flatten()] = 1
+        seen.index_fill_(0, nearest.indices.flatten(), 1)  # to assign a number would make a GPU's host wait
         return {
             f"{self.name}/neighbour_similarity": nearest.values.mean(),
             f"{self.name}/neighbour_unique_ratio": seen.sum() / nearest.indices.numel(),

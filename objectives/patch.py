@@ -77,7 +77,9 @@ class PatchObjective(Centred):
                     )
         temperature = self.config.teacher_temperature_at(info.progress)
         share = 1.0 / (counts.clamp(min=1).double() * len(counts))
-        weights = torch.repeat_interleave(share, counts).to(self.center.device, self.center.dtype)  # [M]
+        weights = torch.repeat_interleave(share, counts).to(
+            self.center.device, self.center.dtype, non_blocking=True
+        )  # [M]
         with torch.autocast(self.center.device.type, enabled=False):
             x = student["patch"].to(self.center.dtype) / self.config.student_temperature
             targets = teacher_targets(teacher["patch"].detach(), self.center, temperature)

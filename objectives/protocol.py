@@ -85,7 +85,7 @@ class Outcome:
 
     def finite(self) -> Tensor:
         """Scalar bool tensor (no host synchronisation): the loss and everything to be remembered is finite."""
-        return torch.isfinite(self.loss.detach()).all() & self.finite_rows().to(self.loss.device)
+        return torch.isfinite(self.loss.detach()).all() & self.finite_rows().to(self.loss.device, non_blocking=True)
 
     def finite_rows(self) -> Tensor:
         """Scalar bool tensor (no host synchronisation): everything to be remembered is finite."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..models.host import constant
 from .protocol import images_of, pair_weights
 
 
@@ -138,7 +139,7 @@ def streamed_cross_entropy(
             f"log-sum-exps {tuple(lse.shape)} and agreements {tuple(agreement.shape)} of {student_crops} student and "
             f"{teacher_crops} teacher crops do not come from one batch"
         )
-    weights = lse.new_tensor(pair_weights(teacher_crops, student_crops, student_globals, equal))  # [G, C]
+    weights = constant(pair_weights(teacher_crops, student_crops, student_globals, equal), lse)  # [G, C]
     return weights.sum(0) @ lse.view(student_crops, batch).mean(1) - (weights * agreement.mean(0).mT).sum()
 
 
