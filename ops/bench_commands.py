@@ -102,6 +102,7 @@ def bench_ingest(
     epilog=example(
         "gristmill bench objectives", "gristmill bench objectives --only step --threads 1 --rounds 3 --json",
         "gristmill bench objectives --only growth --plot growth.png", "gristmill bench objectives --only parts --steps 2",
+        "gristmill bench objectives --only step --device cuda batch=64",
     ),
 )  # fmt: skip
 @click.option(
@@ -111,13 +112,16 @@ def bench_ingest(
 @click.option("--rounds", type=click.IntRange(1), default=1, show_default=True, help="Turns of all kinds of steps.")
 @click.option("--threads", type=click.IntRange(0), default=0, show_default="one a core", help="Threads of each.")
 @click.option("--bf16", is_flag=True, help="Measure steps in bf16 even where its products are slower than float32's.")
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="cuda: steps alone."
+)
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the growth into this PNG.")
 @click.option("--tiny", is_flag=True, help="Networks and memories so small that the figures mean nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 def bench_objectives(
-    only: tuple[str, ...], steps: int, rounds: int, threads: int, bf16: bool, plot: Path | None, tiny: bool,
-    as_json: bool, overrides: tuple[str, ...],
+    only: tuple[str, ...], steps: int, rounds: int, threads: int, bf16: bool, device: str, plot: Path | None,
+    tiny: bool, as_json: bool, overrides: tuple[str, ...],
 ) -> None:  # fmt: skip
     """A Mugs step and its parts against the way the official code computes it: time, memory, growth.
 
@@ -125,10 +129,18 @@ def bench_objectives(
     """
     from .bench.objectives import bench_objectives as run
 
+    if device == "cuda":
+        if plot or only != ("step",):
+            raise click.UsageError("--device cuda measures whole steps: add --only step, and leave --plot out")
+        import torch
+
+        if not torch.cuda.is_available():
+            raise click.UsageError("--device cuda: torch sees no GPU here")
+
     sys.exit(
         run(
             as_json, only, plot=plot, threads=threads, steps=steps, rounds=rounds, bf16=bf16, tiny=tiny,
-            overrides=overrides,
+            device=device, overrides=overrides,
         )
     )  # fmt: skip
 

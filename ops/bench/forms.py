@@ -29,7 +29,7 @@ from ...models.neighbours import search
 from ...models.vit import build_backbone
 from ...objectives.contrast import info_nce, info_nce_reference
 from ...objectives.prototypes import group_cross_entropy_reference, streamed_cross_entropy
-from .steps import memory
+from .meter import memory
 
 Form = Callable[[], object]
 TEMPERATURE = 0.1

@@ -22,7 +22,8 @@ import torch
 from ...objectives import HierarchyObjective
 from ..launch import join, leave, quiet_deepspeed
 from ..recipe import Recipe, load_recipe
-from .steps import OurStep, crops_of, memory, recipe_of, timed
+from .meter import memory, timed
+from .steps import OurStep, crops_of, recipe_of
 
 RECIPE = "multigrain-vits16"
 QUICKLY = ("objectives.hierarchy.attempts=1", "objectives.hierarchy.iterations=1")

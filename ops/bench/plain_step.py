@@ -10,6 +10,8 @@ weights' names with ours, so that a test can start both from the same weights an
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import timm
@@ -101,9 +103,9 @@ class _Bank:
             return self.keys[similarity.topk(k, dim=-1).indices]
 
     def enqueue(self, rows: Tensor) -> None:
-        slots = (self.pointer + torch.arange(len(rows))) % len(self.keys)
+        slots = (self.pointer + torch.arange(len(rows), device=rows.device)) % len(self.keys)
         for bank in (self.queries, self.keys, self.values):
-            bank[slots] = rows
+            bank[slots] = rows.to(bank.dtype)
         self.pointer = (self.pointer + len(rows)) % len(self.keys)
 
 
@@ -141,10 +143,14 @@ class PlainNetwork(nn.Module):
 
 
 class PlainStep:
-    """The whole step; `run(teacher crops, student crops)`, each a tensor a crop size, crop-major."""
+    """The whole step; `run(teacher crops, student crops)`, each a tensor a crop size, crop-major.
+
+    `mixed` opens the autocast under which networks and losses are computed: none as built.
+    """
 
     def __init__(self, config: StudentConfig, *, batch: int, queue: int, memory: int, globals_: int = 2):
         self.batch, self.globals = batch, globals_
+        self.mixed: Callable[[], AbstractContextManager] = nullcontext
         self.student = PlainNetwork(config, memory, student=True)
         self.teacher = PlainNetwork(config, memory, student=False)
         self.teacher.load_state_dict(self.student.state_dict(), strict=False)
@@ -175,10 +181,10 @@ class PlainStep:
                 if i != j:
                     positive = torch.einsum("nc,nc->n", given, target)[:, None]
                     logits = torch.cat([positive, given @ negatives], 1) / CONTRAST_TEMPERATURE
-                    label = torch.zeros(len(logits), dtype=torch.long)
+                    label = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
                     terms[j < self.globals].append(F.cross_entropy(logits, label))
-            slots = (self.pointers[name] + torch.arange(self.batch)) % negatives.shape[1]
-            self.queues[name][:, slots] = target.T
+            slots = (self.pointers[name] + torch.arange(self.batch, device=target.device)) % negatives.shape[1]
+            self.queues[name][:, slots] = target.T.to(negatives.dtype)
             self.pointers[name] = (self.pointers[name] + self.batch) % negatives.shape[1]
         return self._mean(terms)
 
@@ -195,10 +201,11 @@ class PlainStep:
 
     def run(self, teacher_crops: list[Tensor], student_crops: list[Tensor]) -> dict[str, float]:
         """One step; losses by name."""
-        with torch.no_grad():
-            t = self.teacher(teacher_crops)
-        s = self.student(student_crops)
-        losses = self.losses(s, t)
+        with self.mixed():
+            with torch.no_grad():
+                t = self.teacher(teacher_crops)
+            s = self.student(student_crops)
+            losses = self.losses(s, t)
         for network, out in ((self.student, s), (self.teacher, t)):
             network.bank.enqueue(out["memory_row"][: self.batch])
         self.optimizer.zero_grad()

@@ -2,11 +2,10 @@
 
     python -m gristmill.ops.bench.steps WHAT SETTINGS
 
-WHAT: "plain" (plain_step.py), "ours fp32", "ours autocast", "ours bf16", "ours fp32, recompute", "backbones fp32",
-"backbones bf16" (timm's, one pass a crop size, student forward and backward, teacher forward), "products". SETTINGS is
-JSON: overrides (of the recipe mugs-vits16-100), steps, threads. The last line printed is JSON. Memory is the kernel's
-own peak of the process (VmHWM) less what it held (VmRSS) with everything imported and nothing built: weights, moments,
-memories, activations, scratch.
+WHAT: "plain" (plain_step.py), "plain autocast", "ours fp32", "ours autocast", "ours bf16", each of ours with ", recompute" or
+", compiled", "backbones fp32", "backbones bf16" (timm's, one pass a crop size, student forward and backward, teacher
+forward), "products". SETTINGS is JSON: overrides (of the recipe mugs-vits16-100), steps, threads, device ("cpu", "cuda").
+The last line printed is JSON. Memory (meter.py) is that of weights, moments, memories, activations and scratch.
 """
 
 from __future__ import annotations
@@ -16,15 +15,17 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn.functional import linear
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from ...models import compile_blocks
 from ...models.teacher import make_teacher
 from ...objectives import Outcome
 from ..engine import Engine
@@ -35,6 +36,7 @@ from ..launch import join, leave, quiet_deepspeed
 from ..networks import build_mixture, build_student
 from ..recipe import Recipe, load_recipe
 from ..schedule import cosine
+from .meter import held, lasted, peak, timed
 from .plain_step import PlainStep, backbone_tokens, plain_backbone
 
 RECIPE = "mugs-vits16-100"
@@ -68,27 +70,22 @@ def recipe_of(settings: dict[str, Any], *more: str) -> Recipe:
 IMAGES = 1 << 16  # of the data set that an objective may believe in
 
 
-def memory(what: str) -> float:
-    """VmRSS or VmHWM of this process, in MB; nan where there is no /proc."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return float("nan")
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(what + ":")), float("nan"))
-
-
 class OurStep:
     """The loop's step (ops/train.py) on random crops, without data, log and checkpoint."""
 
-    def __init__(self, recipe: Recipe):
-        self.recipe, self.inputs, self.position = recipe, Inputs(recipe, 0, 1, "cpu"), 0
-        if recipe.engine.recompute:
+    def __init__(self, recipe: Recipe, device: str = "cpu"):
+        self.recipe, self.inputs, self.position = recipe, Inputs(recipe, 0, 1, device), 0
+        if recipe.engine.recompute and device == "cpu":
             keep_no_heap()
-        student = build_student(recipe)
+        student = build_student(recipe).to(device)
         student.backbone.recompute = recipe.engine.recompute
         self.depth = len(student.backbone.blocks)
-        self.mixture = build_mixture(recipe, student, images=IMAGES)
-        self.engine = Engine(student, make_teacher(student), recipe)
+        teacher = make_teacher(student)
+        if recipe.engine.compile:
+            for network in (student, teacher):
+                compile_blocks(network.backbone, recipe.engine.compile)  # pyright: ignore[reportArgumentType]
+        self.mixture = build_mixture(recipe, student, device, images=IMAGES)
+        self.engine = Engine(student, teacher, recipe)
         self.guard = Guard(recipe.guard)
         # Every crop the whole of a picture of its own size: what objectives ask for, and as good as any.
         whole = torch.eye(3)[:2]
@@ -114,9 +111,9 @@ class OurStep:
         return {name: float(outcome.logs[f"loss/{name}"]) for name in mixture.objectives}
 
 
-def crops_of(recipe: Recipe) -> tuple[list[Tensor], list[Tensor]]:
+def crops_of(recipe: Recipe, device: str = "cpu") -> tuple[list[Tensor], list[Tensor]]:
     """Noise in the sizes of the recipe: the teacher's crops and the student's, a tensor a size."""
-    inputs, generator = Inputs(recipe, 0, 1, "cpu"), torch.Generator().manual_seed(0)
+    inputs, generator = Inputs(recipe, 0, 1, device), torch.Generator().manual_seed(0)
     views = {
         view.name: torch.randn(recipe.batch, view.count, 3, view.size, view.size, generator=generator)
         for view in recipe.views
@@ -131,13 +128,25 @@ def plain_of(recipe: Recipe) -> PlainStep:
     return PlainStep(recipe.student, batch=recipe.batch, queue=wanted.instance.queue, memory=wanted.local_group.memory)
 
 
-def backbones_of(recipe: Recipe, bf16: bool) -> Callable[[list[Tensor], list[Tensor]], object]:
+def mixed(device: str, bf16: bool) -> AbstractContextManager:
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=bf16)
+
+
+def plainly(recipe: Recipe, device: str, bf16: bool) -> Callable[[list[Tensor], list[Tensor]], object]:
+    """The plain step with all its parts on the device; bf16: under autocast, as the official code runs on GPUs (there in fp16)."""
+    with torch.device(device):
+        step = plain_of(recipe)
+    step.mixed = lambda: mixed(device, bf16)
+    return step.run
+
+
+def backbones_of(recipe: Recipe, device: str, bf16: bool) -> Callable[[list[Tensor], list[Tensor]], object]:
     """timm's backbone alone with its fused attention: the passes that every such step consists of."""
-    student, teacher = (plain_backbone(recipe.student, 0.0, fused=True) for _ in range(2))
+    student, teacher = (plain_backbone(recipe.student, 0.0, fused=True).to(device) for _ in range(2))
 
     def run(teacher_crops: list[Tensor], student_crops: list[Tensor]) -> None:
         student.zero_grad()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        with mixed(device, bf16):
             with torch.no_grad():
                 for x in teacher_crops:
                     backbone_tokens(teacher, x)
@@ -147,69 +156,62 @@ def backbones_of(recipe: Recipe, bf16: bool) -> Callable[[list[Tensor], list[Ten
     return run
 
 
-def timed(run: Callable[[], object], steps: int, bound: float = 90.0) -> dict[str, float]:
-    """Wall and CPU seconds (all threads) of a step, the least of `steps` after one to warm up, of fewer past `bound` seconds."""
-    begin, walls, cpus = time.perf_counter(), [], []
-    run()
-    while len(walls) < steps and (not walls or time.perf_counter() - begin < bound):
-        wall, cpu = time.perf_counter(), time.process_time()
-        run()
-        walls.append(time.perf_counter() - wall)
-        cpus.append(time.process_time() - cpu)
-    return {"seconds": min(walls), "cpu_seconds": min(cpus), "slowest_seconds": max(walls)}
-
-
-def shares_of(run: Callable[[], object]) -> dict[str, float]:
-    """Of the time inside operators, by kind."""
-    with profile(activities=[ProfilerActivity.CPU]) as recorded:
-        run()
+def shares_of(run: Callable[[], object], device: str) -> dict[str, float]:
+    """Of the time inside operators (on a GPU, of the kernels that they start), by kind."""
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]) as recorded:
+        lasted(run, device)
     spent = dict.fromkeys([*KINDS, "the rest"], 0.0)
     for event in recorded.key_averages():
         name = event.key.removeprefix("aten::")
         kind = next((kind for kind, marks in KINDS.items() if any(mark in name for mark in marks)), "the rest")
-        spent[kind] += event.self_cpu_time_total
+        if device != "cuda":
+            spent[kind] += event.self_cpu_time_total
+        elif event.device_type == DeviceType.CPU:  # kernels have events of their own beside those that started them
+            spent[kind] += event.self_device_time_total
     total = sum(spent.values())
     return {kind: value / total for kind, value in spent.items()}
 
 
-def product_rates(recipe: Recipe, seconds: float = 1.0) -> dict[str, float]:
+def product_rates(recipe: Recipe, seconds: float = 1.0, device: str = "cpu") -> dict[str, float]:
     """GFLOP/s (a multiply-add counts as two) at the sizes of a ViT block's layers over one size of crops, forward and backward."""
     dim, rows = build_student(recipe).backbone.embed_dim, recipe.batch * 2 * 197
     found = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         spent = work = 0.0
         for inner, outer in ((dim, 4 * dim), (4 * dim, dim), (dim, 3 * dim)):
-            x, y, w = (torch.randn(*s).to(dtype) for s in ((rows, inner), (rows, outer), (outer, inner)))
+            x, y, w = (torch.randn(*s, device=device).to(dtype) for s in ((rows, inner), (rows, outer), (outer, inner)))
             for product in (lambda x=x, w=w: linear(x, w), lambda y=y, w=w: y @ w, lambda x=x, y=y: y.t() @ x):
                 least, begin = float("inf"), time.perf_counter()
                 product()
                 while least == float("inf") or time.perf_counter() - begin < seconds / 9:
-                    start = time.perf_counter()
-                    product()
-                    least = min(least, time.perf_counter() - start)
+                    least = min(least, lasted(product, device)[0])
                 spent, work = spent + least, work + 2.0 * rows * inner * outer
         found[name] = work / spent / 1e9
     return found
 
 
 def measure(what: str, settings: dict[str, Any]) -> dict[str, Any]:
-    precision = {"ours autocast": "autocast", "ours bf16": "bf16"}.get(what, "fp32")
-    recipe = recipe_of(settings, f"precision={precision}", f"engine.recompute={str('recompute' in what).lower()}")
+    device = settings.get("device", "cpu")
+    bf16 = "bf16" in what or "autocast" in what
+    precision = {"ours autocast": "autocast", "ours bf16": "bf16"}.get(what.split(",")[0], "fp32")
+    more = ["engine.compile=inductor"] if "compiled" in what else []
+    recompute = str("recompute" in what).lower()
+    recipe = recipe_of(settings, f"precision={precision}", f"engine.recompute={recompute}", *more)
     if what == "products":
-        return product_rates(recipe, settings.get("seconds", 1.0))
+        return product_rates(recipe, settings.get("seconds", 1.0), device)
     if what.startswith("ours"):
         quiet_deepspeed()
         join()
-    before = memory("VmRSS")
-    if what == "plain":
-        step: Callable[[list[Tensor], list[Tensor]], object] = plain_of(recipe).run
+    before = held(device)
+    if what.startswith("plain"):
+        step = plainly(recipe, device, bf16)
     else:
-        step = OurStep(recipe).run if what.startswith("ours") else backbones_of(recipe, "bf16" in what)
-    crops = crops_of(recipe)
-    found: dict[str, Any] = timed(lambda: step(*crops), settings["steps"])
-    found |= {"memory_MB": memory("VmHWM") - before, "process_MB": memory("VmHWM")}
+        step = OurStep(recipe, device).run if what.startswith("ours") else backbones_of(recipe, device, bf16)
+    crops = crops_of(recipe, device)
+    found: dict[str, Any] = timed(lambda: step(*crops), settings["steps"], device)
+    found |= {"memory_MB": peak(device) - before, "process_MB": peak("cpu")}
     if settings.get("profile", True):
-        found["shares"] = shares_of(lambda: step(*crops))
+        found["shares"] = shares_of(lambda: step(*crops), device)
         with FlopCounterMode(display=False) as counter:
             step(*crops)
         found["GFLOP"] = counter.get_total_flops() / 1e9
