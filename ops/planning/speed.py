@@ -28,13 +28,14 @@ class Assumptions:
 
     efficiency: float = 0.5  # share of the peak FLOP/s that products reach
     bandwidth: float = 0.75  # share of the memory's bandwidth that other operators reach
-    launch: float = 8e-6  # seconds in which the host launches one operator
+    launch: float = 3e-5  # seconds that the host takes for one operator, with autograd and its hooks
     wire: float = 0.75  # share of links and network that collectives reach
     overlap: float = 0.5  # share of what is sent that hides behind the backward, where it may
     reserve: float = 2.0  # GiB for the driver, the communication library and workspaces
     fragments: float = 0.05  # share of the memory that the allocator cannot use
     pixels: float = 500e3  # of an image, on average
     bytes: float = 110e3  # of an image file, on average (ImageNet-1k's)
+    crops: float = 15e3  # strong crops that DALI makes on a GPU a second, decoding included
     core: float = 120.0  # images of 14 crops that a CPU core decodes and cuts a second (docs/views.md: 96 to 143)
     readers: float = 1500.0  # images that one reader thread fetches a second from a local disk
 

@@ -22,7 +22,7 @@ class Supply:
 
     read: float  # bytes a second from the storage
     read_node: float
-    gpu_decoding: float  # share of what the GPUs' decoders manage
+    gpu_supply: float  # share of what a GPU's decoder and DALI's graph manage
     cores_node: int  # CPU cores for decoding and augmenting on the host instead
     readers: int  # reader threads a rank, from a local disk
     host_node: float  # bytes of memory
@@ -63,7 +63,7 @@ def supply(
     return Supply(
         read=speed.images * assumed.bytes,
         read_node=a_node * assumed.bytes,
-        gpu_decoding=speed.images / hardware.gpus / hardware.gpu.decoders,
+        gpu_supply=speed.images / hardware.gpus * (1 / hardware.gpu.decoders + crops / assumed.crops),
         cores_node=ceil(a_node * crops / 14 / assumed.core),
         readers=max(1, ceil(speed.images / hardware.gpus / assumed.readers)),
         host_node=ranks * sum(host.values()),

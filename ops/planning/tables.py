@@ -138,7 +138,7 @@ def _around(plan: Plan) -> Table:
     rows = [
         (f"from the storage, at {assumed.bytes / 1e3:g} kB an image", f"{found.read / 1e6:,.0f} MB/s"),
         ("of it a node", f"{found.read_node / 1e6:,.0f} MB/s"),
-        ("the GPUs' decoders are busy", f"{found.gpu_decoding:.0%}"),
+        ("GPUs decode and cut crops", f"{found.gpu_supply:.0%} of the time that DALI has for it"),
         (f"or cores a node, at {assumed.core:g} images a second each", str(found.cores_node)),
         ("reader threads a rank", str(found.readers)),
         ("host memory a node", gib(found.host_node)),
