@@ -133,20 +133,19 @@ class Engine:
         """Clip, then LARS, on the fp32 gradients of one group, segment by segment; called inside the optimizer's step."""
         if self._clip is None and self._trust is None:
             return
-        for key in group["params"]:
-            if key.grad is None:
-                continue
-            flat = key.grad.view(-1)
-            if self._clip is not None:
-                self._scale(flat, key, self._clip)
-            if self._trust is not None and group["decays"]:
-                flat.add_(key.detach().view(-1), alpha=self.rates["weight_decay"])
-                self._scale(flat, key, self._trust)
+        keys = [key for key in group["params"] if key.grad is not None]
+        if self._clip is not None:
+            self._scale(keys, self._clip)
+        if self._trust is not None and group["decays"]:
+            for key in keys:
+                key.grad.add_(key.detach(), alpha=self.rates["weight_decay"])
+            self._scale(keys, self._trust)
 
-    def _scale(self, flat: Tensor, key: Tensor, factors: Tensor) -> None:
-        segments, scales = self.segments.spread(factors, key)
-        if segments:  # a rank may hold nothing but padding of a small group
-            torch._foreach_mul_([s.of(flat) for s in segments], scales)  # pyright: ignore[reportPrivateImportUsage]
+    def _scale(self, keys: list[Tensor], factors: Tensor) -> None:
+        """Multiply gradients segment by segment, all in one call: a GPU waits for the host here, which has just read the verdict."""
+        parts, scales = self.segments.spread(factors, keys)
+        if parts:  # a rank may hold nothing but padding of a small group
+            torch._foreach_mul_(parts, scales)  # pyright: ignore[reportPrivateImportUsage]
 
     def _trust_ratios(self) -> Tensor:
         """[P] LARS' trust ratio, from norms over whole tensors: one more all-reduced vector a step."""

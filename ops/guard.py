@@ -18,6 +18,7 @@ import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from ..models.host import constant
 from ..objectives import Outcome
 from ..shards.errors import GristmillError
 
@@ -103,7 +104,7 @@ class Guard:
         measured = [name for name, values in named.items() if isinstance(values[0], Tensor)]
         values = [torch.stack([v.detach().double().reshape(()) for v in named[name]]).mean() for name in measured]  # pyright: ignore[reportAttributeAccessIssue]
         head = torch.cat([
-            torch.tensor(list(flags.values()), dtype=torch.float64, device=squares.device),
+            constant(list(flags.values()), squares),
             bad.flatten(),
             *([torch.stack([v.to(squares.device) for v in values])] if values else []),
         ])  # fmt: skip

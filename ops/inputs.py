@@ -49,7 +49,9 @@ class Inputs:
         """[crops * b, 3, H, W] for each size, crop-major as the official code has them; batch: [B, n, 3, H, W] a view."""
         rows = slice(part * self.micro, (part + 1) * self.micro)
         return [
-            torch.cat([batch[view.name][rows].transpose(0, 1).flatten(0, 1) for view in group]).to(self.device)
+            torch.cat([batch[view.name][rows].transpose(0, 1).flatten(0, 1) for view in group]).to(
+                self.device, non_blocking=True
+            )
             for group in views
         ]
 
@@ -100,7 +102,7 @@ class Inputs:
             return {}
         draws = uniform(self.recipe.stream.seed, self._positions(position, part), SHUFFLE, 1).reshape(-1, size)
         order = draws.argsort(axis=1) + np.arange(0, self.micro, size)[:, None]
-        return {"shuffle.order": torch.from_numpy(order.flatten()).to(self.device)}
+        return {"shuffle.order": torch.from_numpy(order.flatten()).to(self.device, non_blocking=True)}
 
     def masks(self, position: int, progress: float, part: int) -> Tensor | None:
         """Of the student's global crops, bool [crops * b, h, w] on the host, crop-major; None: no objective asks.
@@ -123,7 +125,10 @@ class Inputs:
         if info.masks is None:
             return {}
         index = info.masks.flatten().nonzero().squeeze(1)  # here, where it costs the device no wait
-        return {"patch.masks": info.masks.to(self.device), "patch.index": index.to(self.device)}
+        return {
+            name: x.to(self.device, non_blocking=True)
+            for name, x in (("patch.masks", info.masks), ("patch.index", index))
+        }
 
     def _weak(self, view: str, position: int, part: int) -> Tensor | None:
         """Flags [b] of images whose first student crop, of this view, is weak; None where there is no strong form.
@@ -134,7 +139,7 @@ class Inputs:
         if not self._plan.strong[first]:
             return None
         strong = strong_crops(self._plan, self.recipe.stream.seed, self._positions(position, part))
-        return torch.from_numpy(~strong[:, first]).to(self.device)
+        return torch.from_numpy(~strong[:, first]).to(self.device, non_blocking=True)
 
     def _positions(self, position: int, part: int) -> np.ndarray:
         """Of this rank's images of a micro-batch, int64 [b]."""
@@ -147,7 +152,7 @@ class Inputs:
         count = self.student_crops * 2 * depth
         draws = uniform(self.recipe.seed, self._positions(position, part), DROP_PATH, count)
         by_crop = torch.from_numpy(draws).float().view(-1, self.student_crops, 2 * depth).transpose(0, 1)
-        return {"drop_path.draws": by_crop.flatten(0, 1).to(self.device)}
+        return {"drop_path.draws": by_crop.flatten(0, 1).to(self.device, non_blocking=True)}
 
 
 def _crops(geometry: Mapping[str, Tensor], views: list[Any], rows: slice) -> Tensor:

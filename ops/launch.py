@@ -61,7 +61,8 @@ def flushing() -> Iterator[None]:
 
 def quiet_deepspeed():
     """Import DeepSpeed without its greeting, its compiler checks and its just-in-time collective."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    # Whatever was inherited: a process that is shown no GPU may be a child of one that has one.
+    os.environ["DS_ACCELERATOR"] = "cuda" if torch.cuda.is_available() else "cpu"
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -207,7 +208,8 @@ def leave() -> None:
     """
     if dist.is_initialized():
         gc.collect()
-        if sys.exc_info()[0] is None:  # where something went wrong, nobody may be left to meet
-            dist.barrier()
+        # Where something went wrong, nobody may be left to meet; and who is alone need not make a communicator to leave.
+        if sys.exc_info()[0] is None and dist.get_world_size() > 1:
+            dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
         quiet_deepspeed().comm.destroy_process_group()  # torch's own would leave DeepSpeed with groups that are gone
         time.sleep(0.1)

@@ -43,7 +43,8 @@ def drifted(copies: Mapping[str, Tensor], device: torch.device) -> list[str]:
     """Names of tensors that should be equal on all ranks, bit for bit, and are not."""
     if dist.get_world_size() == 1 or not copies:
         return []
-    low = torch.stack([_checksum(tensor) for tensor in copies.values()]).to(device)
+    # A memory's rows are on the device, its pointer and what was written when on the host.
+    low = torch.stack([_checksum(tensor).to(device, non_blocking=True) for tensor in copies.values()])
     high = low.clone()
     dist.all_reduce(low, op=dist.ReduceOp.MIN)
     dist.all_reduce(high, op=dist.ReduceOp.MAX)

@@ -83,11 +83,16 @@ class Segments:
             total.index_add_(0, self.index, norms.double().square())
         return total
 
-    def spread(self, values: Tensor, key: Tensor) -> tuple[list[Segment], list[Tensor]]:
-        """The segments of the shard `key`, and each one's entry of `values` [P] as a scalar tensor, without a sync."""
-        place = self._by_key[id(key)]
-        rows = self.index[self._rows[place]]
-        return self.shards[place].segments, list(values.to(torch.float32)[rows].unbind())
+    def spread(self, values: Tensor, keys: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Segments of the gradients of shards, and each one's entry of `values` [P] as a scalar tensor, without a sync."""
+        entries, parts, scales = values.to(torch.float32)[self.index].unbind(), [], []
+        for key in keys:
+            place = self._by_key[id(key)]
+            assert key.grad is not None
+            flat = key.grad.view(-1)
+            parts += [segment.of(flat) for segment in self.shards[place].segments]
+            scales += entries[self._rows[place]]
+        return parts, scales
 
     def owned(self, rank: int, world: int) -> Iterator[tuple[Shard, Segment, int, int]]:
         """What this rank writes: (shard, segment, start, stop) of the parameter; all ranks cover everything once.

@@ -257,6 +257,7 @@ def _detection(s: Sitting, options: Any) -> Scores:
     if s.places is None or s.reference.kind != "COCO" or s.query.kind != "COCO":
         raise NotAskedError("detection wants two COCO sets, to learn from and to score: give --data and --query such")
     train, query = (open_coco(path, split) for path, split in s.places)
+    options = replace(options, device=str(s.subject.device))
     return run_detection(s.subject, train, query, options, seed=s.seed, progress=s.progress)
 
 

@@ -102,7 +102,8 @@ class Probing:
         from .pictures import open_pictures
         from .subject import Subject, eye_of
 
-        subject = Subject("teacher", eye_of(copy.deepcopy(backbone)), self.config.size)
+        device = next(backbone.parameters()).device
+        subject = Subject("teacher", eye_of(copy.deepcopy(backbone)), self.config.size).to(device)
         found = run_correspondence(subject, open_pictures(self.reference.root, limit=PLACES), seed=0, images=PLACES)
         return {name: found[name] for name in ("correspondence_cell", "correspondence_pck")}
 

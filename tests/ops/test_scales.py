@@ -125,9 +125,9 @@ class Rank:
         for values in (self.clip, self.trust):
             if values is self.trust and group["decays"]:
                 key.grad.add_(key, alpha=self.decay)
-            segments, scales = self.table.spread(values, key)
-            if segments:  # a rank may hold none of a small group, and foreach refuses an empty list
-                torch._foreach_mul_([s.of(key.grad) for s in segments], scales)  # pyright: ignore[reportPrivateImportUsage]
+            parts, scales = self.table.spread(values, [key])
+            if parts:  # a rank may hold none of a small group, and foreach refuses an empty list
+                torch._foreach_mul_(parts, scales)  # pyright: ignore[reportPrivateImportUsage]
 
 
 @settings(max_examples=60, deadline=None)
