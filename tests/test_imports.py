@@ -74,3 +74,20 @@ def test_the_command_line_imports_nothing_heavy(arguments: list[str]):
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     print(f"{time.perf_counter() - start:.2f} s")
     assert answer.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    "package",
+    sorted({path.parent for path in FILES if path.name == "__init__.py"}),
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_no_module_takes_the_name_of_what_its_package_gives_out(package: Path):
+    """The first to import the module would put it in the function's place, for everybody."""
+    given = {
+        alias.asname or alias.name
+        for node in ast.parse((package / "__init__.py").read_text()).body
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] != "__future__"
+        for alias in node.names
+        if node.module and node.module != alias.name  # what comes from the module of its name stays in its place
+    }
+    assert not [name for name in given if (package / f"{name}.py").exists() or (package / name).is_dir()]
