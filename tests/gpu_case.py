@@ -41,7 +41,7 @@ SMALL = (
 MAIN = (
     "batch=32", "images=384", "checkpoint.every=128", "probes.at=[0.0, 1.0]", "metrics.port=0", "precision=autocast", "threads=1",
 )  # fmt: skip
-WATCH = (80, 128)  # steps in which waits are counted, none of them with a checkpoint
+WATCH = (80, 128)  # steps in which waits are counted; a checkpoint ends the last of them
 HELD = 256  # where the run above stands still to be looked at
 # ViT-S as it is, with all of its crops and memories, for the memory of a step.
 WHOLE = ("batch=8", "images=32", "probes.at=[]", "metrics.port=off", "checkpoint.every=4096", "threads=4")

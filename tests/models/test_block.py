@@ -1,5 +1,7 @@
 """Attention in bf16 on a CPU: forward the fused one's to the bit, backward as close to float64, and only where it pays."""
 
+from typing import Any
+
 import pytest
 import torch
 from gristmill.models.block import MAP_CELLS, ScaledBlock, _by_products, _ByProducts, attend
@@ -90,7 +92,7 @@ def names(node: torch.autograd.graph.Node | None) -> set[str]:
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_block_takes_it_and_learns_the_same(bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3}
+    small: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3}
     block = build_backbone("vit_tiny_patch16_224", **small, linear_std=0.2).blocks[0]
     assert isinstance(block, ScaledBlock)
     x, found = torch.randn(2, 17, 48, generator=torch.Generator().manual_seed(0)), []
