@@ -1,7 +1,8 @@
-"""Whether code goes the way that it has for a CPU: smaller blocks, a look at values, which would make a GPU's host wait.
+"""Whether code goes the way that it has for a CPU: smaller blocks, a look at values, for which a GPU's host would wait.
 
-And `constant`, for numbers that the host knows and a GPU is to have. Everybody who decides by the kind of device asks here. A context variable turns the answer around where a GPU's way is
-to be looked at without one: `gristmill plan` follows a step on tensors that are a CPU's in name only.
+Everybody who decides by the kind of device asks here. A context variable turns the answer around where a GPU's way is
+to be looked at without one: `gristmill plan` follows a step on tensors that are a CPU's in name only. And `constant`,
+for numbers that the host knows and a GPU is to have.
 """
 
 from __future__ import annotations

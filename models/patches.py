@@ -12,8 +12,8 @@ from .host import on_host
 class PatchProjection(nn.Conv2d):
     """A convolution whose stride is its kernel: each patch is multiplied by the same matrix.
 
-    On a GPU it is written as that product: for three channels cuDNN picks a convolution that takes ten times as long, and
-    in float32 one that rounds to TF32. On a CPU the convolution is the faster one. Names and shapes of weights are the same.
+    On a GPU it is written as that product: for three channels cuDNN picks a convolution that takes ten times as long,
+    and in float32 one that rounds to TF32. On a CPU the convolution is the faster one. Weights keep names and shapes.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -71,7 +71,10 @@ class Engine:
             self._fill(dict(zip(self.segments.names, initial, strict=True)))
 
         def scattered(module: nn.Module) -> Any:
-            own = deepspeed_config({"zero_optimization": {"stage3_param_persistence_threshold": 0}}, **settings)
+            # Without overlap weights are gathered on the stream that has just averaged them; on one of its own
+            # DeepSpeed would not wait for that.
+            zero = {"stage3_param_persistence_threshold": 0, "overlap_comm": False}
+            own = deepspeed_config({"zero_optimization": zero}, **settings)
             # No optimizer: DeepSpeed only hooks the forward.
             return _initialize(self._device, model=module, config=own)
 
@@ -142,7 +145,7 @@ class Engine:
             self._scale(keys, self._trust)
 
     def _scale(self, keys: list[Tensor], factors: Tensor) -> None:
-        """Multiply gradients segment by segment, all in one call: a GPU waits for the host here, which has just read the verdict."""
+        """Multiply gradients segment by segment, all in one call: a GPU idles here, for its host has just read the verdict."""
         parts, scales = self.segments.spread(factors, keys)
         if parts:  # a rank may hold nothing but padding of a small group
             torch._foreach_mul_(parts, scales)  # pyright: ignore[reportPrivateImportUsage]

@@ -15,6 +15,7 @@ import logging
 import os
 import socket
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -23,19 +24,22 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, Store, default_pg_timeout
+from torch.distributed.distributed_c10d import PrefixStore, Store, _world, default_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
+from ..shards.errors import GristmillError
 from .launch_place import LaunchError, Place, environment
 
 __all__ = [
     "LaunchError",
     "Place",
     "card_of",
+    "end_anyway",
     "environment",
     "flushing",
     "join",
     "leave",
+    "let_the_watchdog_judge",
     "meet",
     "quiet_deepspeed",
     "seeing",
@@ -100,6 +104,9 @@ def join() -> tuple[int, int, torch.device]:
     device = torch.device("cuda", card_of(place.local_rank, torch.cuda.device_count())) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+        # Sums made inside of a switch come out otherwise from call to call (NVIDIA, NCCL issue 1497): no run that goes
+        # on would have the bits of one that never stopped. Who wants them says so.
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     if not dist.is_initialized():
         backend = "nccl" if cuda else "gloo"
         if place.address:
@@ -200,6 +207,24 @@ def meet(corner: str, timeout: timedelta = default_pg_timeout) -> tuple[Store, i
     return PrefixStore(f"gristmill/{attempt}/{corner}", store), rank, world
 
 
+def let_the_watchdog_judge() -> None:
+    """Collectives of all groups wait longer than it is ever told to be patient.
+
+    torch's own ten minutes (NCCL; gloo: thirty) would end ranks that rightly wait, while rank 0 probes or all restore, and
+    would be over before the watchdog has found out who stands still.
+    """
+    for group in list(_world.pg_map):
+        dist.set_timeout(timedelta(hours=25), group)
+
+
+def end_anyway(error: BaseException, seconds: float = 300.0) -> None:
+    """See to it that this process ends after an error: what it asked of NCCL and others never answer keeps a GPU waiting."""
+    code = getattr(error, "code", 2 if isinstance(error, GristmillError) else 1)
+    timer = threading.Timer(seconds, os._exit, [code if isinstance(code, int) else 1])
+    timer.daemon = True
+    timer.start()
+
+
 def leave() -> None:
     """Leave the group so that the interpreter can end; together with the others, unless an exception is on its way.
 
@@ -210,6 +235,7 @@ def leave() -> None:
         gc.collect()
         # Where something went wrong, nobody may be left to meet; and who is alone need not make a communicator to leave.
         if sys.exc_info()[0] is None and dist.get_world_size() > 1:
-            dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
+            gpu = [torch.cuda.current_device()] if dist.get_backend() == "nccl" else None
+            dist.barrier(device_ids=gpu, timeout=timedelta(hours=1))  # rank 0 may have a last probe to finish
         quiet_deepspeed().comm.destroy_process_group()  # torch's own would leave DeepSpeed with groups that are gone
         time.sleep(0.1)

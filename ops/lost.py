@@ -117,5 +117,8 @@ def _alive(pid: int) -> bool:
 
 def _short(error: RuntimeError) -> str:
     """The part of a backend's message that says something: without its source path and advice."""
-    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    text = str(error)
+    # NCCL says what it did first, and why that failed last.
+    cause = text.partition("Last error:\n")[2].strip() or text.strip()
+    first = cause.splitlines()[0] if cause else type(error).__name__
     return re.sub(r"^\[[^]]*\.cc:\d+\] ", "", first).split(". ")[0].rstrip(".")

@@ -9,6 +9,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def summed(values: list[float], device: torch.device) -> list[float]:
+    """Sums over the ranks: read here, where the watchdog knows a rank that waits for others."""
+    vector = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(vector)
+    return vector.tolist()
+
+
 def gather(rows: Tensor) -> Tensor:
     """[n, ...] of every rank, in the order of the ranks, which is the order of the positions: [world * n, ...]."""
     world = dist.get_world_size()

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..models import Backbone, compile_blocks, merge_statistics, statistics_of
@@ -38,7 +37,7 @@ from .heap import keep_no_heap
 from .importing import Initial, read_initial
 from .inputs import Inputs, Origin
 from .networks import build_mixture, build_student
-from .ranks import drifted, gather, gather_texts
+from .ranks import drifted, gather, gather_texts, summed
 from .recipe import Recipe, RecipeError
 from .redacted import without_secrets
 from .refresh import embed_all
@@ -144,9 +143,7 @@ class Run:
         """Sums over the ranks. Collective."""
         if self.world == 1:
             return values
-        vector = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(vector)
-        return vector.tolist()
+        return summed(values, self.device)
 
     def info(self, part: int = 0, batch: Batch | None = None) -> StepInfo:
         """Of a micro-batch, or without a batch of the position alone: nothing is drawn for it."""

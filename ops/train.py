@@ -22,7 +22,7 @@ from .capture import capture
 from .clock import Clock
 from .display import Display, Form
 from .evaluate.online import OnlineProbes
-from .launch import flushing, join, leave
+from .launch import end_anyway, flushing, join, leave, let_the_watchdog_judge
 from .lost import Crew
 from .monitor.goodput import Goodput
 from .monitor.metrics import Metrics
@@ -81,6 +81,8 @@ def _train(recipe: Recipe, folder: Path, form: Form) -> Ending:
         watch = Watchdog(
             rank, world, deadline=recipe.watchdog, report=lambda text: log.write("event", event="stalled", why=text)
         )
+        if recipe.watchdog:
+            let_the_watchdog_judge()
         earlier = read_attempts(folder)
         unfinished = bool(earlier) and earlier[-1].why != "done"
         exporter = serve(recipe.metrics, metrics.registry, rank=rank, world=world, folder=folder, notes=display.note)
@@ -110,6 +112,8 @@ def _train(recipe: Recipe, folder: Path, form: Form) -> Ending:
         raise
     finally:
         error = sys.exc_info()[1]
+        if error is not None and world > 1 and device.type == "cuda":
+            end_anyway(error)
         if watch:
             watch.close()
         if loop:

@@ -23,7 +23,8 @@ class StallError(GristmillError):
 class Executor(Protocol):
     """Carries draws out: uint8 arrays of B encoded images -> float32 [B, n, 3, H, W] a view.
 
-    Where images do not decode it raises DecodeError with their slots, and can be run again.
+    Where images do not decode it raises DecodeError with their slots, and can be run again. Views on a GPU are made on
+    the calling thread's current stream, or waited for by it.
     """
 
     def run(self, data: list[np.ndarray], draws: Draws) -> dict[str, Tensor]: ...

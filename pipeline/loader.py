@@ -65,6 +65,8 @@ class Loader:
     `config` which order and draws, `order` overrides the order; several manifests are read through a `Stream` of them.
     With `executor` None the one that the config's `augment` says is built, inside the thread that runs it. `stall` is
     the deadline of one batch in seconds (default: the config's). `lanes`: those that this node reads, for its cache.
+    `device` "gpu": views come on the GPU `device_id` (default: the current one), for the current stream of the thread
+    that calls `next`; who uses them on another one says so by `record_stream`.
     Close it, or use it in a `with`.
     """
 

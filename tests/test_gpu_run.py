@@ -163,11 +163,11 @@ def test_a_step_waits_for_the_device_where_it_must(runs: Runs, capsys: pytest.Ca
     for site, count in sorted(runs["watched"].items()):
         say(capsys, f"{count} times in {(WATCH[1] - WATCH[0]) // BATCH} steps: {site}")
     assert any("ops/guard.py" in site for site in found)
-    steps = (
-        WATCH[1] - WATCH[0]
-    ) // BATCH  # what comes less often is a checkpoint's copy, or the first batch's pictures
-    strange = [site for site, count in found.items() if count >= steps and not any(known in site for known in WAITING)]
+    steps = (WATCH[1] - WATCH[0]) // BATCH
+    # Once in all of them: a checkpoint's copy, or the counting itself.
+    strange = [site for site, count in found.items() if count > 1 and not any(known in site for known in WAITING)]
     assert strange == []
+    assert max(found.values()) <= steps
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -83,11 +83,13 @@ def test_the_command_line_imports_nothing_heavy(arguments: list[str]):
 )
 def test_no_module_takes_the_name_of_what_its_package_gives_out(package: Path):
     """The first to import the module would put it in the function's place, for everybody."""
+    tree = ast.parse((package / "__init__.py").read_text())
     given = {
         alias.asname or alias.name
-        for node in ast.parse((package / "__init__.py").read_text()).body
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] != "__future__"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
         for alias in node.names
-        if node.module and node.module != alias.name  # what comes from the module of its name stays in its place
+        # `from . import name` is the module itself; and what comes at once from the module of its name stays in its place.
+        if node.module and not (node in tree.body and node.module == alias.name)
     }
     assert not [name for name in given if (package / f"{name}.py").exists() or (package / name).is_dir()]

@@ -1,7 +1,7 @@
-"""What a call costs: seconds until its device is done with it, and the memory that it takes at its peak, on a CPU or a GPU.
+"""What a call costs on a CPU or a GPU: seconds until that is done with it, and the memory that it takes at its peak.
 
-On a CPU memory is the kernel's own account of the process: its peak (VmHWM) less what it held (VmRSS) before. On a GPU it
-is that of torch's allocator (what tensors take, not what is reserved for them).
+On a CPU memory is the kernel's own account of the process: its peak (VmHWM) less what it held (VmRSS) before. On a GPU
+it is that of torch's allocator (what tensors take, not what is reserved for them).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def lasted(run: Callable[[], object], device: str) -> tuple[float, float]:
 
 
 def timed(run: Callable[[], object], steps: int, device: str = "cpu", bound: float = 90.0) -> dict[str, float]:
-    """The least seconds of `steps` calls after one to warm up (two on a GPU, which picks its kernels), of fewer past `bound`."""
+    """The least seconds of `steps` calls (of fewer past `bound` seconds) after one to warm up, two on a GPU."""
     begin, found = time.perf_counter(), []
     for _ in range(2 if device == "cuda" else 1):
         run()

@@ -72,15 +72,13 @@ def view_bytes(recipe: Recipe) -> float:
 
 
 def supply_memory(recipe: Recipe, images: int, decoded: float, *, dali: bool) -> dict[str, float]:
-    """Batches on the device, and what DALI keeps beside them: decoded images, and each crop once an operator.
+    """Batches on the device, and what DALI keeps beside them: decoded images, and each crop once an operator, times POOLS.
 
-    Without DALI views come from the host, a batch at a time as the loop takes them over.
+    Without DALI views are made on the host, and sent at once.
     """
     batch = images * view_bytes(recipe)
-    if not dali:
-        return {}
     found = {"batches ready": batch * (recipe.stream.prefetch + MADE + TAKEN)}
-    return found | {"DALI": images * decoded + batch * operators(recipe)}
+    return found | ({"DALI": images * decoded + batch * operators(recipe)} if dali else {})
 
 
 # What DALI's pools came to on an H100 over the operators' own outputs, with Mugs' crops and 8 to 256 images.

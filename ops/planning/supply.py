@@ -22,7 +22,7 @@ class Supply:
 
     read: float  # bytes a second from the storage
     read_node: float
-    gpu_supply: float  # share of what a GPU's decoder and DALI's graph manage
+    gpu_supply: float  # share of what DALI manages on a GPU: its decoder or its crops, whichever is slower
     cores_node: int  # CPU cores for decoding and augmenting on the host instead
     readers: int  # reader threads a rank, from a local disk
     host_node: float  # bytes of memory
@@ -58,12 +58,12 @@ def supply(
         "tables of objectives": float(tables),
     }
     if recipe.stream.augment == "cpu":
-        host["views"] = (recipe.stream.prefetch + 3) * local * view_bytes(recipe)
+        host["views"] = 2 * local * view_bytes(recipe)
     a_node = speed.images * ranks / hardware.gpus
     return Supply(
         read=speed.images * assumed.bytes,
         read_node=a_node * assumed.bytes,
-        gpu_supply=speed.images / hardware.gpus * (1 / hardware.gpu.decoders + crops / assumed.crops),
+        gpu_supply=speed.images / hardware.gpus * max(1 / hardware.gpu.decoders, crops / assumed.crops),
         cores_node=ceil(a_node * crops / 14 / assumed.core),
         readers=max(1, ceil(speed.images / hardware.gpus / assumed.readers)),
         host_node=ranks * sum(host.values()),

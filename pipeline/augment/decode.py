@@ -4,8 +4,7 @@ DALI 2.4's own `fn.decoders.image` throws when an image of a batch does not deco
 the CPU with batches of 32 and 64 the process died of a segmentation fault within a few such batches, whether the image
 was cut short or no image at all. With the bad image last, or the batch small, it lived: the likely cause is that the
 threads still write the images behind it. nvImageCodec called directly gives None for that image and decodes the
-others, on the CPU to the same bits and in about the same time. Its GPU form has not been run yet; the tests marked
-`gpu` are waiting for it.
+others, on the CPU to the same bits and in about the same time.
 
 Which of a GPU's decoders takes an image must not depend on the batch, as they round differently: the hardware decoder,
 where there is one, is offered all of them (by default it gets a share of the batch, and the rest goes to the others),

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from gristmill.ops.bench import dense_forms, forms, objectives, parts, selective_forms, steps
 from gristmill.ops.bench.growth_plot import PlotError, draw
+from gristmill.ops.cli import main as cli
 from gristmill.ops.launch import join, leave
 
 
@@ -124,3 +126,31 @@ def test_a_plot_without_its_library_says_what_to_do(monkeypatch: pytest.MonkeyPa
     with pytest.raises(PlotError, match="pip install matplotlib"):
         draw({}, tmp_path / "growth.png")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "says"), [([], "add --only step"), (["--only", "step", "--plot", "x.png"], "leave --plot out")]
+)
+def test_a_gpu_measures_steps_alone(words: list[str], says: str) -> None:
+    told = CliRunner().invoke(cli, ["bench", "objectives", "--device", "cuda", *words])
+    assert told.exit_code == 2
+    assert says in told.output
+
+
+def test_a_gpu_that_is_not_there_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    told = CliRunner().invoke(cli, ["bench", "objectives", "--device", "cuda", "--only", "step"])
+    assert told.exit_code == 2
+    assert "torch sees no GPU here" in told.output
+
+
+@pytest.mark.gpu
+def test_steps_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each in a process of its own, as the command has it."""
+    assert objectives.bench_objectives(True, ("step",), threads=1, steps=1, tiny=True, device="cuda") == 0
+    found = json.loads(capsys.readouterr().out)["step"]["steps"]
+    assert found.keys() == set(objectives.ON_GPU)
+    for what, row in found.items():
+        assert row["seconds"] > 0
+        assert row["memory_MB"] > 0
+        assert ("over_plain" in row) == what.startswith("ours")

@@ -5,13 +5,18 @@ Places by launcher, copied from real ones: tests/distributed/test_launch.py.
 
 import os
 import socket
+import subprocess
+import sys
 import threading
+from datetime import timedelta
 
 import pytest
 import torch
 from gristmill.ops import launch
-from gristmill.ops.launch import card_of, meet, seeing, until_known
+from gristmill.ops.launch import card_of, join, leave, let_the_watchdog_judge, meet, seeing, until_known
 from gristmill.ops.launch_place import LaunchError, environment
+from gristmill.ops.lost import _short
+from torch.distributed.distributed_c10d import _world
 
 from ..waiting import wait_for
 
@@ -120,3 +125,41 @@ def test_every_attempt_has_a_corner_of_its_own(monkeypatch: pytest.MonkeyPatch):
     stores = []
     assert [there(1, 0, "a"), there(1, 0, "a"), there(1, 1, "a"), there(1, 0, "b")] == [False, True, False, False]
     assert [there(2, 5, "c"), there(2, 7, "c")] == [False, True]
+
+
+def test_collectives_wait_as_long_as_the_watchdog_lets_them():
+    join()
+    try:
+        (group,) = list(_world.pg_map)
+        backend = group._get_backend(torch.device("cpu"))
+        assert backend.options._timeout < timedelta(hours=1)
+        let_the_watchdog_judge()
+        assert backend.options._timeout > timedelta(hours=24)  # a pass over all data may take a day
+    finally:
+        leave()
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [("ValueError()", 1), ("LaunchError('no')", 2), ("LostRankError('gone')", 76), ("SystemExit('said')", 1)],
+)
+def test_who_cannot_leave_after_an_error_ends_all_the_same(error: str, code: int):
+    """With the code that it would have had."""
+    program = (
+        "import time\nfrom gristmill.ops.launch import LaunchError, end_anyway\nfrom gristmill.ops.lost import LostRankError\n"
+        f"end_anyway({error}, 0.1)\ntime.sleep(60)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False, timeout=120).returncode == code
+
+
+def test_a_reason_is_the_last_thing_that_nccl_says():
+    told = (
+        "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:93, invalid usage (run with NCCL_DEBUG=WARN for details), "
+        "NCCL version 2.30.7\nncclInvalidUsage: This usually reflects invalid usage of NCCL library.\nLast error:\n"
+        "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 65000"
+    )
+    assert _short(RuntimeError(told)) == "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 65000"
+    assert _short(RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer. Try again")) == (
+        "Connection closed by peer"
+    )
+    assert _short(RuntimeError()) == "RuntimeError"

@@ -12,6 +12,7 @@ from gristmill.pipeline.augment import DecodeError
 from gristmill.pipeline.augment.colour import MEAN, STD
 from gristmill.pipeline.augment.dali import DaliExecutor
 from gristmill.pipeline.augment.decode import Decoder
+from gristmill.pipeline.augment.packed import SIGMA, pack
 from gristmill.pipeline.augment.reference import ReferenceExecutor, blur, resize
 from gristmill.pipeline.draws import Draws, Plan, draw
 from gristmill.pipeline.views import View
@@ -103,6 +104,29 @@ def test_pixels_are_the_references(batch: tuple[list[np.ndarray], Draws], execut
         assert apart[webp].mean() < 1.5
     assert (draws.column("solarize") < 256).any()
     assert (draws.column("sigma") > 0).any()
+
+
+@pytest.mark.parametrize("view", ["global", "local"])
+def test_what_ends_a_batch_ends_no_other(
+    batch: tuple[list[np.ndarray], Draws], view: str, monkeypatch: pytest.MonkeyPatch
+):
+    """An error inside of one graph, while others were begun: the next batch is nobody else's."""
+    data, draws = batch
+    ours, wanted = (DaliExecutor(PLAN, batch=24) for _ in range(2))
+
+    def broken(plan: Plan, given: Draws) -> np.ndarray:
+        packed = pack(plan, given)
+        packed[:, plan.columns[view], SIGMA] = 1e9
+        return packed
+
+    monkeypatch.setattr("gristmill.pipeline.augment.dali.pack", broken)
+    with pytest.raises(ValueError, match=r"(?i)gaussian"):
+        ours.run(data, draws)
+    monkeypatch.undo()
+    turned = list(range(23, -1, -1))
+    found = ours.run([data[i] for i in turned], some(draws, turned))
+    right = wanted.run([data[i] for i in turned], some(draws, turned))
+    assert all(torch.equal(found[name], right[name]) for name in right)
 
 
 def test_bits_do_not_depend_on_company(batch: tuple[list[np.ndarray], Draws], executor: DaliExecutor):

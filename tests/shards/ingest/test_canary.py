@@ -30,7 +30,7 @@ def told(root: Path, *, own: bool = False) -> dict[str, str]:
 
 
 def scraped(worker: Worker, web: Web) -> list[str]:
-    """Metrics pages, as long as the command serves them; the servers that it asks answer once there is one."""
+    """Metrics pages, as long as the command serves them; the servers that it asks answer once one knows of inputs."""
     opener, pages = build_opener(ProxyHandler({})), []
     while worker.poll() is None:
         if url := re.search(r"metrics: (http://127\.0\.0\.1:\d+/metrics)", worker.output()):
@@ -38,7 +38,7 @@ def scraped(worker: Worker, web: Web) -> list[str]:
                 pages.append(opener.open(url[1], timeout=5).read().decode())
             except OSError:
                 break
-            if web.gate is not None:
+            if web.gate is not None and "gristmill_ingest_inputs" in pages[-1]:
                 web.gate.set()
         time.sleep(0.02)
     return pages
