@@ -56,7 +56,8 @@ def planned(case: str) -> Memory:
 @pytest.mark.parametrize("case", CASES)
 def test_the_peak_is_that_of_a_real_run(case: str, measured: dict[str, dict[str, int]]):
     found, told = measured[case], planned(case)
+    peak = told.peak - told.parts["batches ready"]  # on a CPU they are no device's, and here nobody makes any
     assert told.held == pytest.approx(found["rest"] + found["rows"], rel=0.1)
-    assert told.peak == pytest.approx(found["peak"] + found["rows"], rel=0.1)
+    assert peak == pytest.approx(found["peak"] + found["rows"], rel=0.1)
     # What a step adds is what plan says it adds, not hidden by what is held.
-    assert told.peak - told.held == pytest.approx(found["peak"] - found["rest"], rel=0.2)
+    assert peak - told.held == pytest.approx(found["peak"] - found["rest"], rel=0.2)
