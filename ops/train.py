@@ -81,7 +81,7 @@ def _train(recipe: Recipe, folder: Path, form: Form) -> Ending:
         watch = Watchdog(
             rank, world, deadline=recipe.watchdog, report=lambda text: log.write("event", event="stalled", why=text)
         )
-        if recipe.watchdog:
+        if recipe.watchdog and world > 1:
             let_the_watchdog_judge()
         earlier = read_attempts(folder)
         unfinished = bool(earlier) and earlier[-1].why != "done"
