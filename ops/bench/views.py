@@ -37,6 +37,7 @@ SETTINGS = {"multi-crop": "2 x 224 + 8 x 96, weak", "mugs": "Mugs' 14 crops, hal
 _WARM = 2 + 2 * CORES  # batches, until what is prefetched is full and as much is made as is taken
 _PATIENCE = 600  # seconds for one row
 _ROUNDS = 9  # of a profile; the median counts
+TICK = 1e6 / os.sysconf("SC_CLK_TCK")  # microseconds, by which CPU time of other processes is told
 
 
 def views_of(setting: str, filter: str) -> list[View]:
@@ -65,7 +66,8 @@ def bench_views(images: Path | None, samples: int, as_json: bool, only: tuple[st
             for row in rows.values():
                 if "missing" not in row and "missing" not in base:
                     row["speed"] = row["images_per_s"] / base["images_per_s"]
-                    row["per_cpu"] = base["cpu_us"] / row["cpu_us"]
+                    # What took less than a tick of the clock may have taken one.
+                    row["per_cpu"] = base["cpu_us"] / max(row["cpu_us"], TICK / samples)
             profile = _apart("profile", setting, filter, root, samples)
             found[setting] = {"filter": filter, "cores": CORES, "loaders": rows, "profile_us": profile}
             if not as_json:
