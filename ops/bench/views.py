@@ -67,7 +67,8 @@ def bench_views(images: Path | None, samples: int, as_json: bool, only: tuple[st
                 if "missing" not in row and "missing" not in base:
                     row["speed"] = row["images_per_s"] / base["images_per_s"]
                     # What took less than a tick of the clock may have taken one.
-                    row["per_cpu"] = base["cpu_us"] / max(row["cpu_us"], TICK / samples)
+                    least = TICK / samples
+                    row["per_cpu"] = max(base["cpu_us"], least) / max(row["cpu_us"], least)
             profile = _apart("profile", setting, filter, root, samples)
             found[setting] = {"filter": filter, "cores": CORES, "loaders": rows, "profile_us": profile}
             if not as_json:
