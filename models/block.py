@@ -1,7 +1,7 @@
 """The block of a ViT: timm's, whose branches may be scaled or dropped by sample, and which keeps less for its backward.
 
 Stochastic depth (arXiv 1603.09382) drops samples, so what is dropped need not be computed; norms and GELU are computed once
-more in backward instead of being kept (lean.py); in bf16 on a CPU the gradient of attention is made of batched products;
+more in backward instead of being kept (lean.py); in bf16 on a CPU attention is made of batched products;
 the rest is timm's, to rounding, with timm's parameter names.
 """
 
@@ -20,7 +20,7 @@ from torch.nn.functional import gelu, scaled_dot_product_attention
 from .host import on_host
 from .lean import forgetting, normed
 
-# Cells of attention maps that a backward by products makes at a time: 4 MiB of float32, which stay in a CPU's cache.
+# Cells of attention maps that are made at a time: 4 MiB of float32, which stay in a CPU's cache.
 MAP_CELLS = 1 << 20
 
 
@@ -94,46 +94,68 @@ def attend(joined: Tensor, heads: int) -> Tensor:
 
 
 def _by_products(joined: Tensor, heads: int) -> bool:
-    """Whether the gradient is better made of batched products: in bf16, on a CPU that has fast ones, of maps of common size."""
+    """Whether attention is better made of batched products: in bf16, on a CPU that has fast ones, of maps of common size."""
     if joined.dtype != torch.bfloat16 or torch.compiler.is_compiling() or not on_host(joined.device.type):
         return False
     fits = heads * joined.shape[1] ** 2 <= MAP_CELLS
-    return fits and torch.is_grad_enabled() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return fits and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 class _ByProducts(torch.autograd.Function):
-    """`attend`, bit for bit, whose backward makes the maps again and is five batched products around their softmax.
+    """`attend` to rounding, of batched products around a softmax: two forward, and five backward that make the maps again.
 
-    On a CPU the backward of torch's fused attention multiplies head by head, and in bf16 each product is a call of its own:
-    over 37 tokens it takes seven times as long as this, over 197 twice. Scores are float32 here as they are there.
+    On a CPU torch's fused attention multiplies head by head, and in bf16 each product is a call of its own: forward takes
+    4/3 of the time of this; backward over 37 tokens seven times as long, over 197 twice. Scores are float32 here as they
+    are there.
     """
 
     @staticmethod
     def forward(ctx, joined: Tensor, heads: int) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(joined)
         ctx.heads = heads
-        return attend(joined, heads)
+        return _attend_by_products(joined, heads)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         (joined,) = ctx.saved_tensors
         slope = torch.empty_like(joined)
-        at_once = max(1, MAP_CELLS // (ctx.heads * joined.shape[1] ** 2))  # samples
+        at_once = _at_once(joined, ctx.heads)
         for parts in zip(joined.split(at_once), grad.split(at_once), slope.split(at_once), strict=True):
             _slope(*parts, ctx.heads)
         return slope, None
 
 
-def _slope(joined: Tensor, grad: Tensor, out: Tensor, heads: int) -> None:
-    """Gradient of `attend`: joined [n, t, 3d] and the gradient of what was gathered [n, t, d] to `out` [n, t, 3d]."""
+def _attend_by_products(joined: Tensor, heads: int) -> Tensor:
+    n, t, width = joined.shape
+    out = joined.new_empty(n, t, width // 3)
+    at_once = _at_once(joined, heads)
+    for part, into in zip(joined.split(at_once), out.split(at_once), strict=True):
+        _, _, value, maps = _maps(part, heads)
+        into.view(-1, t, heads, value.shape[-1]).copy_(torch.bmm(maps, value).unflatten(0, (-1, heads)).transpose(1, 2))
+    return out
+
+
+def _at_once(joined: Tensor, heads: int) -> int:
+    """Samples whose maps are made at a time."""
+    return max(1, MAP_CELLS // (heads * joined.shape[1] ** 2))
+
+
+def _maps(joined: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries, keys and values [n * heads, t, size] of joined [n, t, 3d], and the attention's maps [n * heads, t, t]."""
     n, t, width = joined.shape
     size = width // 3 // heads
     query, key, value = joined.view(n, t, 3, heads, size).permute(2, 0, 3, 1, 4).reshape(3, n * heads, t, size).unbind()
-    grad = grad.reshape(n, t, heads, size).transpose(1, 2).reshape(n * heads, t, size)
     scores = torch.empty(n * heads, t, t, device=joined.device)
     torch.baddbmm(scores, query.float(), key.float().mT, beta=0, alpha=size**-0.5, out=scores)
-    maps = scores.softmax(-1).to(joined.dtype)
+    return query, key, value, scores.softmax(-1).to(joined.dtype)
+
+
+def _slope(joined: Tensor, grad: Tensor, out: Tensor, heads: int) -> None:
+    """Gradient of `attend`: joined [n, t, 3d] and the gradient of what was gathered [n, t, d] to `out` [n, t, 3d]."""
+    query, key, value, maps = _maps(joined, heads)
+    n, t, size = len(joined), *query.shape[1:]
+    grad = grad.reshape(n, t, heads, size).transpose(1, 2).reshape(n * heads, t, size)
     of_scores = torch.ops.aten._softmax_backward_data(torch.bmm(grad, value.mT), maps, -1, maps.dtype)
     parts = torch.empty(3, n * heads, t, size, dtype=joined.dtype, device=joined.device)
     torch.baddbmm(parts[0], of_scores, key, beta=0, alpha=size**-0.5, out=parts[0])

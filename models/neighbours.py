@@ -10,7 +10,9 @@ from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, normalize, scaled_dot_product_attention
+from torch.nn.functional import normalize, scaled_dot_product_attention
+
+from .products import linear, product
 
 # Similarities held at once in a search: 64 MiB of float32.
 _SEARCH_CELLS = 1 << 24
@@ -86,7 +88,7 @@ def search(
     with torch.autocast(query.device.type, enabled=False):
         found = []
         for part in normalize(query.to(rows.dtype), dim=-1).split(max(1, _SEARCH_CELLS // len(bank))):
-            cosine = part @ rows.mT
+            cosine = product(part, rows)
             # The length of a row belongs to a column of products: no second, normalised copy of the memory.
             found.append((cosine if norms is None else cosine.div_(norms)).topk(k, dim=-1).indices)
         index = torch.cat(found)

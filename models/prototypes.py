@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .host import on_host
+from .products import product
 
 # Logits in one block. On a CPU a block should stay in the last-level cache; a GPU wants few large launches.
 BLOCK_LOGITS = {"cpu": 1 << 19}
@@ -85,7 +86,7 @@ class _Streamed(torch.autograd.Function):
                 lower = slope.to(ctx.dtype)
                 if needs_x:
                     if lower is slope and rows.dtype == ctx.dtype:
-                        to_x.addmm_(slope, rows)
+                        to_x += product(slope, rows.t())
                     else:
                         to_x += lower @ rows.to(ctx.dtype)
                 if to_v is not None and of_scale is not None:
@@ -112,8 +113,8 @@ class _Room:
         """`low @ rows.T` [N, b], in the sums' precision."""
         size = len(low) * len(rows)
         logits, out = (t[:size].view(len(low), len(rows)) for t in (self.logits, self._low))
-        torch.mm(low, rows.to(self.dtype).t(), out=out)
-        return logits if logits is out or self._low is self.logits else logits.copy_(out)
+        made = product(low, rows.to(self.dtype), out)
+        return made if self._low is self.logits else logits.copy_(made)
 
 
 def _by_image(logits: Tensor, batch: int) -> Tensor:

@@ -20,6 +20,7 @@ from .fixed import fix_patch_embed, fix_positions
 from .heads import ProjectionHead, PrototypeHead
 from .mlp import HEADS, MlpConfig, MlpHead, SwapHead, draw_kaiming, normed
 from .neighbours import NeighbourBlock, search
+from .products import by_onednn
 from .resnet import ResNetBackbone, build_resnet, is_resnet
 from .vit import Backbone, branch_scales, build_backbone, init_weights
 
@@ -203,6 +204,7 @@ class Student(nn.Module):
             if predictor is not None:
                 # The official code makes the predictor after it has initialised the rest, so it keeps PyTorch's default.
                 init_weights(predictor, seed, f"{name}.predictor", default_linear=True)
+        by_onednn(self)
         self._batch_norms = any(isinstance(module, BatchNorm) for module in self.modules())
 
     def forward(

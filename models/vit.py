@@ -25,6 +25,7 @@ from .batch_norm import BatchNorm
 from .block import ScaledBlock
 from .initial import generator
 from .patches import as_product
+from .products import by_onednn
 
 PosInterp = Literal["official", "timm"]
 
@@ -140,6 +141,7 @@ def build_backbone(
         raise ValueError(
             f"backbone {name!r} is not a plain ViT (class token, learned positions, GELU); choose one that is"
         )
+    by_onednn(backbone)
     as_product(backbone.patch_embed.proj)  # pyright: ignore[reportArgumentType]
     backbone.heads = block.attn.num_heads
     backbone.register_parameter("mask_token", None)

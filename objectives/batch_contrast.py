@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..models.host import constant
+from ..models.products import product
 from ..models.prototypes import rows_in_block
 from .contrast import streamed_logsumexp
 from .memory import check_state
@@ -209,7 +210,7 @@ class _NTXent(torch.autograd.Function):
 
         def logits_of(start: int) -> Tensor:
             """[2n, b] against the candidates from `start` on, without those that are the anchors themselves."""
-            logits = scaled @ every[start : start + block].t()
+            logits = product(scaled, every[start : start + block])
             low, high = max(start, first), min(start + logits.shape[1], first + count)
             if low < high:
                 logits[low - first : high - first, low - start : high - start].fill_diagonal_(-torch.inf)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..models.host import constant
+from ..models.products import product
 from ..models.prototypes import rows_in_block
 from .protocol import images_of, pair_weights
 
@@ -34,14 +35,13 @@ class _StreamedLogSumExp(torch.autograd.Function):
         )  # reused: fresh pages for each block would cost more than exp
         for start in range(0, total, block):
             rows = queue[start : start + block].to(scaled.dtype)  # no copy but of a memory kept in another type
-            logits = room[: count * rows.shape[0]].view(count, rows.shape[0])
-            torch.mm(scaled, rows.t(), out=logits)
+            logits = product(scaled, rows, room[: count * rows.shape[0]].view(count, rows.shape[0]))
             higher = torch.maximum(top, logits.amax(1, keepdim=True))
             fade = (top - higher).exp_()
             logits.sub_(higher).exp_()
             mass = mass * fade + logits.sum(1, keepdim=True)
             if mean is not None:
-                mean.mul_(fade).addmm_(logits, rows)
+                mean.mul_(fade).add_(product(logits, rows.t()))
             top = higher
         if mean is not None:
             ctx.save_for_backward(mean.mul_(scale / mass))

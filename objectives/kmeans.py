@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..models.products import product
 from ..pipeline.philox import words
 from .protocol import StepInfo
 
@@ -103,7 +104,9 @@ def nearest(rows: Tensor, centroids: Tensor, *, spherical: bool = False, share: 
     for start in range(begin, end, BLOCK):
         block = rows[start : min(start + BLOCK, end)]
         # |x - c|^2 / 2 less what all centroids have in common, with its sign turned.
-        scores = block @ centroids.t() if offsets is None else torch.addmm(-offsets, block, centroids.t())
+        scores = product(block, centroids)
+        if offsets is not None:
+            scores.sub_(offsets)
         found[start - begin : start - begin + len(block)] = scores.argmax(1)
     return (share.gather(found) if share.gather else found)[: len(rows)]
 

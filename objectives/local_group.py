@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from ..models.products import product
 from .instance import InstanceConfig, InstanceObjective, strip
 from .memory import RingMemory
 from .protocol import Outcome, StepInfo
@@ -139,7 +140,7 @@ class LocalGroupObjective:
     def _neighbours(self, rows: Tensor) -> dict[str, Tensor | float]:
         """Signs of a healthy memory: cosine to the nearest rows, and the share of distinct slots among them."""
         with torch.autocast(rows.device.type, enabled=False):
-            cosine = F.normalize(rows[:HEALTH_IMAGES], dim=1) @ self.student.rows.T
+            cosine = product(F.normalize(rows[:HEALTH_IMAGES], dim=1), self.student.rows)
             nearest = cosine.div_(self.student.norms.clamp_min(1e-12)).topk(self.config.neighbours, dim=1)
         seen = rows.new_zeros(self.student.capacity)
         seen.index_fill_(0, nearest.indices.flatten(), 1)  # to assign a number would make a GPU's host wait

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..models.products import product
 from ..models.prototypes import rows_in_block
 from .bernoulli import uniform_block
 
@@ -53,7 +54,7 @@ class _Selective(torch.autograd.Function):
         for start in range(0, len(rows), block):
             part = slice(start, min(start + block, len(rows)))
             some = rows[part]
-            logits = (scaled.flatten(0, 1) @ some.t()).view(views, images, -1)
+            logits = product(scaled.flatten(0, 1), some).view(views, images, -1)
             if removed is not None:
                 logits.masked_fill_(removed[:, part], -torch.inf)
             stay = keep(part) if keep else None
@@ -72,7 +73,7 @@ class _Selective(torch.autograd.Function):
                     if stay is not None:
                         weight.mul_(stay[level])  # what was set to zero pulls at nothing
                     mean[level].mul_(fade.unsqueeze(-1))
-                    mean[level].view(-1, dim).addmm_(weight.view(-1, len(some)), some)
+                    mean[level].view(-1, dim).add_(product(weight.view(-1, len(some)), some.t()))
         if mean is not None:
             ctx.save_for_backward((mean / mass.unsqueeze(-1)).sub_(positive).mul_(scale))
         won = top <= own

@@ -26,6 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...models import compile_blocks
+from ...models.products import COUNTED
 from ...models.teacher import make_teacher
 from ...objectives import Outcome
 from ..engine import Engine
@@ -212,7 +213,7 @@ def measure(what: str, settings: dict[str, Any]) -> dict[str, Any]:
     found |= {"memory_MB": peak(device) - before, "process_MB": peak("cpu")}
     if settings.get("profile", True):
         found["shares"] = shares_of(lambda: step(*crops), device)
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
             step(*crops)
         found["GFLOP"] = counter.get_total_flops() / 1e9
     if what.startswith("ours"):

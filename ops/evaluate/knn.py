@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...models.products import product
+
 BLOCK = 1024  # queries at once
 REFERENCES = 65536  # references at once: 256 MiB of fp32 similarities a block
 
@@ -48,7 +50,7 @@ def nearest(
         best = part.new_full((len(part), 0), 0.0)
         where = torch.zeros((len(part), 0), dtype=torch.int64, device=part.device)
         for first in range(0, len(rows), references):
-            scores = part @ rows[first : first + references].T
+            scores = product(part, rows[first : first + references])
             if alone:
                 own = torch.arange(start, start + len(part), device=part.device) - first
                 inside = ((own >= 0) & (own < scores.shape[1])).nonzero()[:, 0]

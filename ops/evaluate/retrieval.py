@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...models.products import product
 from .knn import unit
 
 ELEMENTS = 1 << 22  # similarities sorted at once; the sort and its sums hold some 60 bytes for each
@@ -59,7 +60,7 @@ def retrieve(
     block = block or max(1, ELEMENTS // len(rows))
     precisions, hits, lonely = [], {k: [] for k in recall_at}, 0
     for start in range(0, len(asked), block):
-        scores = asked[start : start + block] @ rows.T
+        scores = product(asked[start : start + block], rows)
         relevant = wanted[start : start + block, None] == labels
         if query is None:
             # Itself goes to the very end and counts as nothing found.

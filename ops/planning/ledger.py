@@ -21,6 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
+from ...models.products import COUNTED
+
 SMALL = 1 << 12  # numbers; a new tensor of so many or fewer is made for real: the host may want to read it
 _aten: Any = torch.ops.aten
 # Operators without a formula of their own: which one fits. On a CPU, flash attention goes by another name.
@@ -76,11 +78,11 @@ class Ledger(TorchDispatchMode):
         for value in tree_iter(out):
             if isinstance(value, FakeTensor):
                 self._note(value)
-        if func.namespace != "aten" or func.is_view or func._overloadpacket in IDLE:
+        if func.namespace not in ("aten", "mkldnn") or func.is_view or func._overloadpacket in IDLE:
             return out
         self.kernels += 1
         packet = ALIKE.get(func._overloadpacket, func._overloadpacket)
-        if (formula := flop_registry.get(packet)) is not None:
+        if (formula := COUNTED.get(packet, flop_registry.get(packet))) is not None:
             self.flops[self.phase] += formula(*args, **kwargs, out_val=out)
         else:
             moved = [*tensors, *(value for value in tree_iter(out) if isinstance(value, Tensor))]

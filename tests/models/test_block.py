@@ -1,4 +1,4 @@
-"""Attention in bf16 on a CPU: forward the fused one's to the bit, backward as close to float64, and only where it pays."""
+"""Attention in bf16 on a CPU: as close to float64 as the fused one, forward and backward, and only where it pays."""
 
 from typing import Any
 
@@ -29,14 +29,19 @@ def slopes(form, joined: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("sharp", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize(("samples", "tokens", "size"), [(3, 5, 16), (2, 37, 64), (1, 80, 20)])
-def test_gradients_are_as_close_as_those_of_the_fused_form(samples: int, tokens: int, size: int, sharp: float) -> None:
+def test_it_is_as_close_as_the_fused_form(samples: int, tokens: int, size: int, sharp: float) -> None:
     """Scores rounded to bf16 would be four times as far off where attention is sharp."""
     joined, grad = draw(samples, tokens, size, sharp)
-    wanted = slopes(attend, joined.double(), grad.double())[1].chunk(3, -1)
-    fused, mine = (slopes(form, joined, grad) for form in (attend, _ByProducts.apply))
-    assert torch.equal(mine[0], fused[0])
-    assert mine[1].dtype == torch.bfloat16
-    for part, (one, other, exact) in enumerate(zip(mine[1].chunk(3, -1), fused[1].chunk(3, -1), wanted, strict=True)):
+    wanted, fused, mine = (
+        [out, *slope.chunk(3, -1)]
+        for out, slope in (
+            slopes(attend, joined.double(), grad.double()),
+            slopes(attend, joined, grad),
+            slopes(_ByProducts.apply, joined, grad),
+        )
+    )
+    assert {part.dtype for part in mine} == {torch.bfloat16}
+    for part, (one, other, exact) in enumerate(zip(mine, fused, wanted, strict=True)):
         gaps = [float((slope.double() - exact).norm() / exact.norm()) for slope in (one, other)]
         assert gaps[0] <= 1.6 * gaps[1], (part, gaps)
 
@@ -58,7 +63,8 @@ def test_a_few_samples_at_a_time_give_the_same(cells: int, monkeypatch: pytest.M
     monkeypatch.setattr(torch, "bmm", lambda a, *more, **how: shapes.append(len(a)) or bmm(a, *more, **how))
     found = slopes(_ByProducts.apply, joined, grad)[1]
     assert float((found - whole).float().norm()) <= 1e-3 * float(whole.float().norm())
-    assert shapes[::2] == {1: [3] * 5, 1 << 30: [15]}.get(cells, [6, 6, 3])
+    parts = {1: [3] * 5, 1 << 30: [15]}.get(cells, [6, 6, 3])
+    assert shapes == parts + [samples for samples in parts for _ in range(2)]
 
 
 def test_what_memory_held_before_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,8 +80,6 @@ def test_only_in_bf16_on_a_cpu_with_fast_products(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
     assert _by_products(joined, 2)
     assert not _by_products(joined.float(), 2)
-    with torch.no_grad():
-        assert not _by_products(joined, 2)
     with off_host():
         assert not _by_products(joined, 2)
     most = int((MAP_CELLS // 2) ** 0.5)
@@ -104,6 +108,5 @@ def test_a_block_takes_it_and_learns_the_same(bf16: bool, monkeypatch: pytest.Mo
         assert ("_ByProductsBackward" in names(out.grad_fn)) == (bf16 and capability == "AVX512")
         (out.float() ** 2).sum().backward()
         found.append([out.detach(), *(p.grad for p in block.parameters())])
-    assert torch.equal(found[0][0], found[1][0])
     for one, other in zip(*found, strict=True):
         assert float((one - other).norm()) <= 1e-2 * bf16 * float(other.norm())

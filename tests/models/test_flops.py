@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from gristmill.models.flops import Asked, forward_flops, student_flops, tokens, training_flops
+from gristmill.models.products import COUNTED
 from gristmill.models.resnet import build_resnet
 from gristmill.models.student import Student, StudentConfig
 from gristmill.models.teacher import make_teacher
@@ -23,7 +24,7 @@ MEMORY = 24
 
 def counted(call: Any) -> int:
     """Attention by plain products: torch does not count inside the kernel that a CPU has for it."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
         call()
     return counter.get_total_flops()
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from gristmill.models.flops import forward_flops
+from gristmill.models.products import COUNTED
 from gristmill.models.student import Student, StudentConfig
 from gristmill.models.teacher import make_teacher
 from gristmill.ops.bench.steps import IMAGES
@@ -45,7 +46,7 @@ def as_it_is(formula: Any) -> Any:
 
 def counted(recipe: Recipe) -> dict[str, int]:
     """FLOPs of a real micro-batch, by torch's counter; what it has no formula for goes by that of the like operator."""
-    mapping = {packet: as_it_is(flop_registry[like]) for packet, like in ALIKE.items()}
+    mapping = {packet: as_it_is(flop_registry[like]) for packet, like in ALIKE.items()} | COUNTED
     student = build_student(recipe)
     teacher, mixture = make_teacher(student), build_mixture(recipe, student, images=IMAGES)
     inputs = Inputs(recipe, 0, 1, "cpu")
@@ -88,7 +89,7 @@ def test_a_backbones_flops_and_weights_are_torchs(name: str, size: int):
     assert sum(by_part(hollow).values()) == sum(p.numel() for p in real.parameters())
     assert by_part(hollow)["backbone"] == sum(p.numel() for p in real.backbone.parameters())
     with (
-        FlopCounterMode(display=False) as counter,
+        FlopCounterMode(display=False, custom_mapping=COUNTED) as counter,
         torch.no_grad(),
         torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
     ):

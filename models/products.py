@@ -1,0 +1,123 @@
+"""Matrix products in float32 on a CPU, by the library that uses all of it.
+
+torch multiplies float32 by Intel's MKL, which takes another maker's processor for one with AVX2, however wide its registers
+are: on an EPYC of the fifth generation it reaches 216 GFLOP/s where oneDNN, which torch has with it and takes for bf16,
+reaches 490 (docs/objectives.md). So there, and only there, products of some size go to oneDNN: linear layers forward and
+backward, crops against queues, memories and prototypes. It is float32 as before: sums are added up in another order. The plain
+form of all this is torch's own `linear` and `mm`; tests tie them. What decides is the processor and the shapes, never a clock,
+so that a run that goes on computes what it would have computed.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .host import on_host
+
+# Multiply-adds from which oneDNN saves more than it takes to call it.
+LEAST = 1 << 22
+# Rows from which the gradient of a weight is worth turning its factors for; below, it is bound by memory, and MKL's is as good.
+LEAST_ROWS = 256
+
+
+@cache
+def better_here(cpuinfo: str = "/proc/cpuinfo") -> bool:
+    """Whether this processor has AVX-512 and a maker for whom MKL leaves it unused."""
+    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    try:
+        with Path(cpuinfo).open() as lines:
+            makers = {line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")}
+    except OSError:
+        return False
+    return bool(makers) and "GenuineIntel" not in makers
+
+
+def _better(x: Tensor, weight: Tensor) -> bool:
+    """Whether `x @ weight.T` is oneDNN's; x [..., k], weight [m, k]."""
+    if torch.compiler.is_compiling() or not (x.dtype == weight.dtype == torch.float32):
+        return False
+    return x.numel() * weight.shape[0] >= LEAST and on_host(x.device.type) and better_here()
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias` in float32; either layout of `weight` is read as it is."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def product(x: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
+    """`x @ rows.T` of x [n, k] and rows [m, k], without gradient, in their own type whatever autocast says.
+
+    `out` [n, m] is scratch that the result may be in.
+    """
+    if _better(x, rows):
+        return _product(x, rows)
+    out = x.new_empty(len(x), len(rows)) if out is None else out
+    return torch.mm(x, rows.t(), out=out)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """torch's `linear`, equal to rounding, with its gradients: x [..., k], weight [m, k], bias [m] to [..., m]."""
+    if torch.is_autocast_enabled(x.device.type) or not _better(x, weight):
+        return nn.functional.linear(x, weight, bias)
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return _Linear.apply(x, weight, bias)  # type: ignore[return-value]
+    return _product(x, weight, bias)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None):  # type: ignore[override]
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        slope = grad.reshape(-1, grad.shape[-1])
+        to_x = _product(slope, weight.t()).view(x.shape) if needs_x else None
+        to_weight = _of_weight(slope, x.reshape(-1, x.shape[-1])) if needs_weight else None
+        return to_x, to_weight, slope.sum(0) if needs_bias else None
+
+
+def _of_weight(slope: Tensor, x: Tensor) -> Tensor:
+    """`slope.T @ x` of slope [n, m] and x [n, k]."""
+    if len(x) < LEAST_ROWS:
+        return torch.mm(slope.t(), x)
+    # oneDNN wants one of the two turned round in memory: the narrower.
+    if slope.shape[1] <= x.shape[1]:
+        return _product(slope.t().contiguous(), x.t())
+    return _product(x.t().contiguous(), slope.t()).t().contiguous()
+
+
+def _flops(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * x.numel() * weight.shape[0]
+
+
+_flops._get_raw = True  # pyright: ignore[reportFunctionMemberAccess]  # it is given tensors, not their shapes
+# For torch's FlopCounterMode (`custom_mapping`), which has no formula for them.
+COUNTED: dict[Any, Any] = {torch.ops.mkldnn._linear_pointwise: _flops}
+
+
+class Linear(nn.Linear):
+    """A linear layer whose products are `linear`'s. Keys and initial weights are torch's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+
+def by_onednn(module: nn.Module) -> None:
+    """Let the linear layers that a module has already be `Linear`; those of other classes stay."""
+    for part in module.modules():
+        if type(part) is nn.Linear:
+            part.__class__ = Linear

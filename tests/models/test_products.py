@@ -1,0 +1,166 @@
+"""Products by oneDNN: torch's own to rounding, forward and backward, and only for whom they are faster."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from gristmill.models import products
+from gristmill.models.heads import ProjectionHead
+from gristmill.models.host import off_host
+from gristmill.models.products import Linear, better_here, by_onednn, linear, product
+from torch import Tensor, nn
+
+SIZES = [(7, 24, 40), (300, 24, 40), (300, 40, 24), (1, 16, 16)]
+
+
+@pytest.fixture(autouse=True)
+def everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any size goes to oneDNN, whatever processor this is."""
+    monkeypatch.setattr(products, "LEAST", 0)
+    monkeypatch.setattr(products, "better_here", lambda: True)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of what oneDNN was given."""
+    seen: list[tuple[int, ...]] = []
+    real = products._product
+    monkeypatch.setattr(products, "_product", lambda x, *more: seen.append(tuple(x.shape)) or real(x, *more))
+    return seen
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def gap(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("ahead", [(), (2, 3)])
+@pytest.mark.parametrize(("rows", "inner", "outer"), SIZES)
+def test_a_linear_layer_and_its_gradients(
+    rows: int, inner: int, outer: int, ahead: tuple[int, ...], bias: bool, calls: list[tuple[int, ...]]
+) -> None:
+    """As close to float64 as torch's; gradients are laid out like what they belong to."""
+    given = [draw(*ahead, rows, inner), draw(outer, inner), draw(outer)][: 2 + bias]
+    grad, found = draw(*ahead, rows, outer, seed=1), []
+    for form, dtype in (
+        (linear, torch.float32),
+        (nn.functional.linear, torch.float32),
+        (nn.functional.linear, torch.float64),
+    ):
+        leaves = [tensor.to(dtype, copy=True).requires_grad_() for tensor in given]
+        out = form(*leaves)
+        found.append([out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))])
+        if form is linear:
+            assert all(tensor.is_contiguous() for tensor in found[0])
+            count = len(calls)
+            assert count == (3 if rows * (6 if ahead else 1) >= products.LEAST_ROWS else 2)
+    assert len(calls) == count
+    for mine, torchs, exact in zip(*found, strict=True):
+        assert mine.shape == exact.shape
+        assert gap(mine, exact) <= max(3 * gap(torchs, exact), 5e-7)
+
+
+@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)])
+def test_only_what_wants_a_gradient_gets_one(wanted: tuple[bool, ...], calls: list[tuple[int, ...]]) -> None:
+    leaves = [
+        tensor.requires_grad_(want)
+        for tensor, want in zip((draw(300, 24), draw(40, 24), draw(40)), wanted, strict=True)
+    ]
+    linear(*leaves).sum().backward()
+    assert tuple(leaf.grad is not None for leaf in leaves) == wanted
+    assert len(calls) == (1 if wanted[2] else 2)
+
+
+def test_layouts(calls: list[tuple[int, ...]]) -> None:
+    """Rows of a memory, a transposed weight, every second row, no rows: the same product."""
+    bank, x = draw(64, 24), draw(5, 24)
+    for rows in (bank, bank[8:40], bank[::2], draw(24, 64).t(), draw(64, 48)[:, ::2]):
+        torch.testing.assert_close(product(x, rows), x @ rows.T)
+        torch.testing.assert_close(linear(x.expand(2, 5, 24), rows), x.expand(2, 5, 24) @ rows.T)
+    torch.testing.assert_close(product(draw(24, 5).t(), bank), draw(24, 5).t() @ bank.T)
+    assert len(calls) == 11
+
+
+def test_scratch_may_hold_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, rows, room = draw(5, 24), draw(64, 24), torch.empty(5, 64)
+    wanted = x @ rows.T
+    torch.testing.assert_close(product(x, rows, room), wanted)
+    monkeypatch.setattr(products, "better_here", lambda: False)
+    assert product(x, rows, room).data_ptr() == room.data_ptr()
+    torch.testing.assert_close(room, wanted)
+
+
+def test_the_same_bits_every_time() -> None:
+    x, weight, grad = draw(1576, 384).requires_grad_(), draw(1536, 384).requires_grad_(), draw(1576, 1536)
+    first: list[Tensor] = []
+    for _ in range(4):
+        out = linear(x, weight)
+        now = [out.detach(), *torch.autograd.grad(out, (x, weight), grad)]
+        first = first or now
+        assert all(torch.equal(one, other) for one, other in zip(now, first, strict=True))
+
+
+def test_others_are_torchs(calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other types, autocast, what only looks like a CPU's, few numbers, other processors."""
+    layer = Linear(24, 40)
+    x = draw(300, 24)
+    wanted = layer(x)
+    assert calls
+    calls.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    layer.double()(x.double())
+    layer.bfloat16()(x.bfloat16())
+    layer.float()
+    with off_host():
+        layer(x)
+    monkeypatch.setattr(products, "LEAST", 300 * 24 * 40 + 1)
+    layer(x)
+    monkeypatch.setattr(products, "LEAST", 0)
+    monkeypatch.setattr(products, "better_here", lambda: False)
+    torch.testing.assert_close(layer(x), wanted, rtol=2e-2, atol=2e-2)  # its weights were bf16 once
+    assert not calls
+
+
+def test_under_autocast_memories_are_compared_in_float32(calls: list[tuple[int, ...]]) -> None:
+    x, rows = draw(5, 24), draw(64, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(product(x, rows), (x.double() @ rows.double().T).float())
+    assert calls == [(5, 24)]
+
+
+def test_layers_of_other_classes_stay() -> None:
+    class Own(nn.Linear):
+        pass
+
+    head = nn.Sequential(nn.Linear(4, 4), Own(4, 4), ProjectionHead(4, 8, 4, 8))
+    keys = list(head.state_dict())
+    by_onednn(head)
+    assert [type(part) for part in (head[0], head[1])] == [Linear, Own]
+    assert not [part for part in head.modules() if type(part) is nn.Linear]
+    assert list(head.state_dict()) == keys
+
+
+@pytest.mark.parametrize(
+    ("capability", "maker", "wanted"),
+    [
+        ("AVX512", "AuthenticAMD", True),
+        ("AVX512", "GenuineIntel", False),
+        ("AVX2", "AuthenticAMD", False),
+        ("AVX512", None, False),
+        ("AVX512", "", False),
+    ],
+)
+def test_who_is_served(
+    capability: str, maker: str | None, wanted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the processor's maker and registers; where that is not known, torch's own."""
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    file = tmp_path / "cpuinfo"
+    if maker is not None:
+        file.write_text(f"processor\t: 0\nvendor_id\t: {maker}\nflags\t\t: fpu\n" if maker else "CPU architecture: 8\n")
+    assert better_here.__wrapped__(str(file)) is wanted
