@@ -39,6 +39,11 @@ def better_here(cpuinfo: str = "/proc/cpuinfo") -> bool:
     return bool(makers) and "GenuineIntel" not in makers
 
 
+def library() -> str:
+    """Who multiplies float32 on this host, and by which instructions: another one adds up in another order."""
+    return f"{'oneDNN' if better_here() else 'torch'} {torch.backends.cpu.get_cpu_capability()}"
+
+
 def _better(x: Tensor, weight: Tensor) -> bool:
     """Whether `x @ weight.T` is oneDNN's; x [..., k], weight [m, k]."""
     if torch.compiler.is_compiling() or not (x.dtype == weight.dtype == torch.float32):
@@ -86,13 +91,13 @@ class _Linear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         slope = grad.reshape(-1, grad.shape[-1])
         to_x = _product(slope, weight.t()).view(x.shape) if needs_x else None
-        to_weight = _of_weight(slope, x.reshape(-1, x.shape[-1])) if needs_weight else None
+        to_weight = of_weight(slope, x.reshape(-1, x.shape[-1])) if needs_weight else None
         return to_x, to_weight, slope.sum(0) if needs_bias else None
 
 
-def _of_weight(slope: Tensor, x: Tensor) -> Tensor:
-    """`slope.T @ x` of slope [n, m] and x [n, k]."""
-    if len(x) < LEAST_ROWS:
+def of_weight(slope: Tensor, x: Tensor) -> Tensor:
+    """`slope.T @ x` of slope [n, m] and x [n, k], both float32 on the host: the gradient of a weight."""
+    if len(x) < LEAST_ROWS or not _better(slope.t(), x.t()):
         return torch.mm(slope.t(), x)
     # oneDNN wants one of the two turned round in memory: the narrower.
     if slope.shape[1] <= x.shape[1]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..models import Backbone, compile_blocks, merge_statistics, statistics_of
 from ..models.batch_norm import PREFIX
+from ..models.products import library
 from ..models.student import Student
 from ..models.teacher import make_teacher
 from ..objectives import Outcome, StepInfo
@@ -241,6 +242,7 @@ class Run:
 
     def topology(self) -> dict[str, Any]:
         """What bit-for-bit resumption hangs on, beyond the recipe."""
+        host = {"products": library()} if self.device.type == "cpu" else {}
         return {
             "world": self.world,
             "zero": self.engine.stage,
@@ -250,6 +252,7 @@ class Run:
             "device": self.device.type,
             "executor": chosen(self.recipe.stream.augment, "gpu" if self.device.type == "cuda" else "cpu"),
             "processor": platform.processor() or platform.machine(),
+            **host,
         }
 
     def restore(self) -> list[str]:

@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...models import compile_blocks
-from ...models.products import COUNTED
+from ...models.products import COUNTED, of_weight, product
 from ...models.teacher import make_teacher
 from ...objectives import Outcome
 from ..engine import Engine
@@ -174,18 +174,27 @@ def shares_of(run: Callable[[], object], device: str) -> dict[str, float]:
 
 
 def product_rates(recipe: Recipe, seconds: float = 1.0, device: str = "cpu") -> dict[str, float]:
-    """GFLOP/s (a multiply-add counts as two) at the sizes of a ViT block's layers over one size of crops, forward and backward."""
+    """GFLOP/s (a multiply-add counts as two) at the sizes of a ViT block's layers over one size of crops, forward and backward.
+
+    "fp32" and "bf16" by torch's own products, "ours fp32" by those of models/products.py.
+    """
     dim, rows = build_student(recipe).backbone.embed_dim, recipe.batch * 2 * 197
     found = {}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        spent = work = 0.0
+    for name, dtype in (("fp32", torch.float32), ("ours fp32", torch.float32), ("bf16", torch.bfloat16)):
+        own, spent, work = name.startswith("ours"), 0.0, 0.0
         for inner, outer in ((dim, 4 * dim), (4 * dim, dim), (dim, 3 * dim)):
             x, y, w = (torch.randn(*s, device=device).to(dtype) for s in ((rows, inner), (rows, outer), (outer, inner)))
-            for product in (lambda x=x, w=w: linear(x, w), lambda y=y, w=w: y @ w, lambda x=x, y=y: y.t() @ x):
+            forms = (lambda x=x, w=w: linear(x, w), lambda y=y, w=w: y @ w, lambda x=x, y=y: y.t() @ x)
+            ours = (
+                lambda x=x, w=w: product(x, w),
+                lambda y=y, w=w: product(y, w.t()),
+                lambda x=x, y=y: of_weight(y, x),
+            )
+            for form in ours if own else forms:
                 least, begin = float("inf"), time.perf_counter()
-                product()
+                form()
                 while least == float("inf") or time.perf_counter() - begin < seconds / 9:
-                    least = min(least, lasted(product, device)[0])
+                    least = min(least, lasted(form, device)[0])
                 spent, work = spent + least, work + 2.0 * rows * inner * outer
         found[name] = work / spent / 1e9
     return found

@@ -7,7 +7,7 @@ import torch
 from gristmill.models import products
 from gristmill.models.heads import ProjectionHead
 from gristmill.models.host import off_host
-from gristmill.models.products import Linear, better_here, by_onednn, linear, product
+from gristmill.models.products import Linear, better_here, by_onednn, library, linear, product
 from torch import Tensor, nn
 
 SIZES = [(7, 24, 40), (300, 24, 40), (300, 40, 24), (1, 16, 16)]
@@ -164,3 +164,5 @@ def test_who_is_served(
     if maker is not None:
         file.write_text(f"processor\t: 0\nvendor_id\t: {maker}\nflags\t\t: fpu\n" if maker else "CPU architecture: 8\n")
     assert better_here.__wrapped__(str(file)) is wanted
+    monkeypatch.setattr(products, "better_here", lambda: wanted)
+    assert library() == f"{'oneDNN' if wanted else 'torch'} {capability}"

@@ -106,7 +106,9 @@ def test_bf16_is_left_out_where_it_is_not_worth_it(monkeypatch: pytest.MonkeyPat
     turns = iter([1.0, 3.0] * 8)
 
     def found(module: str, what: str, *_: Any, threads: int) -> dict[str, Any]:
-        return {"fp32": 100.0, "bf16": 10.0} if what == "products" else row | {"seconds": next(turns)}
+        return (
+            {"fp32": 100.0, "ours fp32": 100.0, "bf16": 10.0} if what == "products" else row | {"seconds": next(turns)}
+        )
 
     monkeypatch.setattr(objectives, "_apart", found)
     rows = objectives.whole_steps({"threads": 1}, 2, False)["steps"]
