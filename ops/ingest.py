@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from typing import Any
@@ -66,6 +67,13 @@ def run_ingest(
         told.append(True)  # what is raised where Python cannot pass it on (in a callback of the collector) is lost
         raise _Interrupted
 
+    unraisable = sys.unraisablehook
+
+    def lost(what: Any) -> None:
+        if what.exc_type is not _Interrupted:  # which the next look at `told` raises again
+            unraisable(what)
+
+    sys.unraisablehook = lost
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     registry = CollectorRegistry()
     registry.register(IngestCollector(lambda: stats[0] if stats else None))
@@ -92,6 +100,7 @@ def run_ingest(
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        sys.unraisablehook = unraisable
     if as_json:
         print(json.dumps(report.as_dict()))
     else:

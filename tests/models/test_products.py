@@ -1,6 +1,8 @@
 """Products by oneDNN: torch's own to rounding, forward and backward, and only for whom they are faster."""
 
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from gristmill.models import products
 from gristmill.models.heads import ProjectionHead
 from gristmill.models.host import off_host
 from gristmill.models.products import Linear, better_here, by_onednn, library, linear, product
+from gristmill.models.vit import build_backbone
 from torch import Tensor, nn
 
 SIZES = [(7, 24, 40), (300, 24, 40), (300, 40, 24), (1, 16, 16)]
@@ -166,3 +169,24 @@ def test_who_is_served(
     assert better_here.__wrapped__(str(file)) is wanted
     monkeypatch.setattr(products, "better_here", lambda: wanted)
     assert library() == f"{'oneDNN' if wanted else 'torch'} {capability}"
+
+
+def test_what_a_block_forgets_stays_forgotten(calls: list[tuple[int, ...]]) -> None:
+    """Outputs of norms and of GELU are not kept for backward, and it is the same backward."""
+    small: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3}
+    block: Any = build_backbone("vit_tiny_patch16_224", **small, linear_std=0.2).blocks[0]
+    gone: list[str] = []
+    for name in ("norm1", "norm2", "mlp.act"):
+        watch = lambda _, __, out, name=name: weakref.finalize(out.untyped_storage(), gone.append, name) and None  # noqa: E731
+        block.get_submodule(name).register_forward_hook(watch)
+    x, found = draw(2, 17, 48), []
+    for lean in (True, False):
+        gone.clear()
+        calls.clear()
+        block.zero_grad()
+        out = block(x, lean=lean)
+        assert sorted(gone) == (["mlp.act", "norm1", "norm2"] if lean else [])
+        assert len(calls) == 4
+        out.square().sum().backward()
+        found.append([out.detach(), *(p.grad for p in block.parameters())])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

@@ -57,7 +57,8 @@ def test_timm_gives_the_same_features(tmp_path: Path, sizes: str):
     images = torch.randn(2, 3, config.image_size, config.image_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         theirs = timms(path, config)(images)
-    torch.testing.assert_close(theirs, features(student, images), rtol=0, atol=1e-6)
+    # Products of the larger one may be another library's (models/products.py).
+    torch.testing.assert_close(theirs, features(student, images), rtol=0, atol=1e-5 if sizes == "as named" else 1e-6)
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt", "recipe": "mine"}
 

@@ -4,10 +4,14 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from gristmill.ops.ingest import run_ingest
 from gristmill.shards.ingest import IngestConfig, IngestError, ingest
 
 from ...workers import Workers
@@ -57,6 +61,28 @@ def test_a_signal_ends_it_and_the_same_command_goes_on(tmp_path: Path, workers: 
     assert json.loads(again.output().splitlines()[-1])["outcomes"] == {"kept": 40}
     assert tree(tmp_path / "out") == expected
     assert [path.name for path in (tmp_path / "out").rglob("*.partial")] == []
+
+
+def test_a_signal_that_comes_while_something_is_thrown_away_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Python cannot pass on what is raised there, and would print it."""
+
+    class Gone:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    def ingests(*_: object, progress: Callable[[Any], None], **__: object) -> None:
+        Gone()
+        progress(None)
+
+    monkeypatch.setattr("gristmill.ops.ingest.ingest", ingests)
+    printed: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", before := printed.append)
+    assert run_ingest([], "out", IngestConfig(), as_json=True, metrics_port=None) == 75
+    assert "interrupted: give the same command again" in capsys.readouterr().err
+    assert not printed
+    assert sys.unraisablehook is before
 
 
 def test_another_command_on_unfinished_work_is_told_what_differs(tmp_path: Path) -> None:
