@@ -1,8 +1,9 @@
 """The block of a ViT: timm's, whose branches may be scaled or dropped by sample, and which keeps less for its backward.
 
 Stochastic depth (arXiv 1603.09382) drops samples, so what is dropped need not be computed; norms and GELU are computed once
-more in backward instead of being kept (lean.py); in bf16 on a CPU attention is made of batched products;
-the rest is timm's, to rounding, with timm's parameter names.
+more in backward instead of being kept (lean.py); the rest is timm's, to rounding, with timm's parameter names.
+In bf16 on a CPU products are so fast that what surrounds them counts: there attention is made of batched products, and its
+maps, norms and GELU are kept, which takes no more memory than float32 without them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from .host import on_host
 from .lean import forgetting, normed
+from .products import batched, in_bf16_here
 
 # Cells of attention maps that are made at a time: 4 MiB of float32, which stay in a CPU's cache.
 MAP_CELLS = 1 << 20
@@ -28,7 +30,8 @@ class ScaledBlock(Block):
     """timm's pre-norm block, whose branches may count for more or less of each sample.
 
     Equal to timm's to rounding, and cheaper: what a branch does not count for is not computed, gradients of queries, keys and
-    values are joined in one pass, and outputs of norms and GELU are not kept for backward (`lean`).
+    values are joined in one pass, and outputs of norms and GELU are not kept for backward (`lean`) where a product counts
+    for more than making them again.
     """
 
     def forward(
@@ -45,6 +48,7 @@ class ScaledBlock(Block):
         """
         if attn_mask is not None or is_causal:
             raise ValueError("this block attends to all tokens")
+        lean = lean and not in_bf16_here(x)
         x = self._add(x, None if scale is None else scale[:, 0], partial(self._attention, lean=lean))
         return self._add(x, None if scale is None else scale[:, 1], partial(self._mlp, lean=lean))
 
@@ -94,71 +98,63 @@ def attend(joined: Tensor, heads: int) -> Tensor:
 
 
 def _by_products(joined: Tensor, heads: int) -> bool:
-    """Whether attention is better made of batched products: in bf16, on a CPU that has fast ones, of maps of common size."""
-    if joined.dtype != torch.bfloat16 or torch.compiler.is_compiling() or not on_host(joined.device.type):
-        return False
-    fits = heads * joined.shape[1] ** 2 <= MAP_CELLS
-    return fits and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    """Whether attention is better made of batched products: where they are fast, of maps of common size."""
+    return heads * joined.shape[1] ** 2 <= MAP_CELLS and in_bf16_here(joined)
 
 
 class _ByProducts(torch.autograd.Function):
-    """`attend` to rounding, of batched products around a softmax: two forward, and five backward that make the maps again.
+    """`attend` to rounding, of batched products around a softmax: two forward, and four backward of the maps that are kept.
 
     On a CPU torch's fused attention multiplies head by head, and in bf16 each product is a call of its own: forward takes
-    4/3 of the time of this; backward over 37 tokens seven times as long, over 197 twice. Scores are float32 here as they
+    twice the time of this; backward over 37 tokens seven times as long, over 197 twice. Scores are float32 here as they
     are there.
     """
 
     @staticmethod
     def forward(ctx, joined: Tensor, heads: int) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(joined)
-        ctx.heads = heads
-        return _attend_by_products(joined, heads)
+        n, t, width = joined.shape
+        turned = joined.view(n, t, 3, heads, -1).permute(2, 0, 3, 1, 4).contiguous()
+        out = joined.new_empty(n, t, width // 3)
+        kept = joined.new_empty(n, heads, t, t) if ctx.needs_input_grad[0] else None
+        for start in range(0, n, at_once := _at_once(turned)):
+            part = slice(start, start + at_once)
+            query, key, value = turned[:, part].flatten(1, 2)
+            scores = batched(query, key, value.shape[-1] ** -0.5)
+            torch.softmax(scores, -1, out=scores)
+            maps = scores.to(joined.dtype) if kept is None else kept[part].view_as(scores).copy_(scores)
+            gathered = torch.bmm(maps, value).unflatten(0, (-1, heads)).transpose(1, 2)
+            out[part].view_as(gathered).copy_(gathered)
+        ctx.save_for_backward(turned, kept)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        (joined,) = ctx.saved_tensors
-        slope = torch.empty_like(joined)
-        at_once = _at_once(joined, ctx.heads)
-        for parts in zip(joined.split(at_once), grad.split(at_once), slope.split(at_once), strict=True):
-            _slope(*parts, ctx.heads)
-        return slope, None
+        turned, maps = ctx.saved_tensors
+        _, n, heads, t, size = turned.shape
+        slope = turned.new_empty(n, t, 3, heads, size)
+        for start in range(0, n, at_once := _at_once(turned)):
+            part = slice(start, start + at_once)
+            _slope(turned[:, part], maps[part], grad[part], slope[part])
+        return slope.view(n, t, -1), None
 
 
-def _attend_by_products(joined: Tensor, heads: int) -> Tensor:
-    n, t, width = joined.shape
-    out = joined.new_empty(n, t, width // 3)
-    at_once = _at_once(joined, heads)
-    for part, into in zip(joined.split(at_once), out.split(at_once), strict=True):
-        _, _, value, maps = _maps(part, heads)
-        into.view(-1, t, heads, value.shape[-1]).copy_(torch.bmm(maps, value).unflatten(0, (-1, heads)).transpose(1, 2))
-    return out
-
-
-def _at_once(joined: Tensor, heads: int) -> int:
+def _at_once(turned: Tensor) -> int:
     """Samples whose maps are made at a time."""
-    return max(1, MAP_CELLS // (heads * joined.shape[1] ** 2))
+    _, _, heads, t, _ = turned.shape
+    return max(1, MAP_CELLS // (heads * t**2))
 
 
-def _maps(joined: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries, keys and values [n * heads, t, size] of joined [n, t, 3d], and the attention's maps [n * heads, t, t]."""
-    n, t, width = joined.shape
-    size = width // 3 // heads
-    query, key, value = joined.view(n, t, 3, heads, size).permute(2, 0, 3, 1, 4).reshape(3, n * heads, t, size).unbind()
-    scores = torch.empty(n * heads, t, t, device=joined.device)
-    torch.baddbmm(scores, query.float(), key.float().mT, beta=0, alpha=size**-0.5, out=scores)
-    return query, key, value, scores.softmax(-1).to(joined.dtype)
-
-
-def _slope(joined: Tensor, grad: Tensor, out: Tensor, heads: int) -> None:
-    """Gradient of `attend`: joined [n, t, 3d] and the gradient of what was gathered [n, t, d] to `out` [n, t, 3d]."""
-    query, key, value, maps = _maps(joined, heads)
-    n, t, size = len(joined), *query.shape[1:]
-    grad = grad.reshape(n, t, heads, size).transpose(1, 2).reshape(n * heads, t, size)
+def _slope(turned: Tensor, maps: Tensor, grad: Tensor, out: Tensor) -> None:
+    """Gradient of `attend`: queries, keys, values [3, n, heads, t, size], maps [n, heads, t, t], of what was gathered
+    [n, t, d], to `out` [n, t, 3, heads, size]."""
+    query, key, value = turned.flatten(1, 2)
+    maps, size = maps.flatten(0, 1), query.shape[-1]
+    grad = grad.reshape(out[:, :, 0].shape).transpose(1, 2).reshape(query.shape)
     of_scores = torch.ops.aten._softmax_backward_data(torch.bmm(grad, value.mT), maps, -1, maps.dtype)
-    parts = torch.empty(3, n * heads, t, size, dtype=joined.dtype, device=joined.device)
-    torch.baddbmm(parts[0], of_scores, key, beta=0, alpha=size**-0.5, out=parts[0])
-    torch.baddbmm(parts[1], of_scores.mT, query, beta=0, alpha=size**-0.5, out=parts[1])
-    torch.bmm(maps.mT, grad, out=parts[2])
-    out.view(n, t, 3, heads, size).copy_(parts.view(3, n, heads, t, size).permute(1, 3, 0, 2, 4))
+    parts = torch.empty_like(turned, memory_format=torch.contiguous_format)
+    to_query, to_key, to_value = parts.flatten(1, 2)
+    torch.baddbmm(to_query, of_scores, key, beta=0, alpha=size**-0.5, out=to_query)
+    torch.baddbmm(to_key, of_scores.mT, query, beta=0, alpha=size**-0.5, out=to_key)
+    torch.bmm(maps.mT, grad, out=to_value)
+    out.copy_(parts.permute(1, 3, 0, 2, 4))

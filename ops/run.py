@@ -34,7 +34,7 @@ from .engine import Engine
 from .feed import Feed
 from .fitting import together
 from .guard import Guard, Verdict
-from .heap import keep_no_heap
+from .heap import keep_heap, keep_no_heap
 from .importing import Initial, read_initial
 from .inputs import Inputs, Origin
 from .networks import build_mixture, build_student
@@ -80,8 +80,8 @@ class Run:
         self.log: RunLog | NoLog = RunLog(folder) if rank == 0 else NoLog(folder)
         self.quarantine = Quarantine(folder / "quarantine.jsonl")
         self.plan = Plan(recipe.views)
-        if recipe.engine.recompute and device.type == "cpu":
-            keep_no_heap()
+        if device.type == "cpu":
+            keep_no_heap() if recipe.engine.recompute else keep_heap()
         student = self.build()
         student.backbone.recompute = recipe.engine.recompute
         self.depth = len(student.backbone.blocks)

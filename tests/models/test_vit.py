@@ -199,9 +199,13 @@ def test_a_block_computes_what_counts_and_equals_the_plain_one(factors: list[lis
         block(x, is_causal=True)
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(("bf16", "fast"), [(False, True), (True, False), (True, True)])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_forgetting_changes_no_bit_and_keeps_less(scaled: bool, bf16: bool, monkeypatch: pytest.MonkeyPatch):
+def test_forgetting_changes_no_bit_and_keeps_less(
+    scaled: bool, bf16: bool, fast: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """But where bf16 is multiplied fast, all is kept."""
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512" if fast else "AVX2")
     backbone = build_backbone("vit_tiny_patch16_224", **SMALL)
     weights, kept = {p.untyped_storage().data_ptr() for p in backbone.parameters()}, {}
 
@@ -224,7 +228,8 @@ def test_forgetting_changes_no_bit_and_keeps_less(scaled: bool, bf16: bool, monk
         sizes.append(sum(size for size, _ in kept.values()))
         kept.clear()
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    assert sizes[0] < (0.9 if bf16 else 0.75) * sizes[1]  # bf16 copies of the weights count, too
+    # bf16 copies of the weights count, too
+    assert sizes[0] == sizes[1] if bf16 and fast else sizes[0] < (0.9 if bf16 else 0.75) * sizes[1]
 
 
 def test_recomputation_keeps_less_and_only_for_a_backward(monkeypatch: pytest.MonkeyPatch):
