@@ -20,7 +20,7 @@ from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from .host import on_host
 from .lean import forgetting, normed
-from .products import batched, in_bf16_here
+from .products import batched, fuses, in_bf16_here
 
 # Cells of attention maps that are made at a time: 4 MiB of float32, which stay in a CPU's cache.
 MAP_CELLS = 1 << 20
@@ -81,6 +81,8 @@ class ScaledBlock(Block):
     def _mlp(self, x: Tensor, lean: bool) -> Tensor:
         mlp: Any = self.mlp
         y, again = normed(self.norm2, x)
+        if fuses(y):
+            return mlp.fc2(mlp.fc1(y, gelu=True))
         with forgetting(y, again, lean):
             hidden = mlp.fc1(y)
         y = mlp.act(hidden)

@@ -60,9 +60,9 @@ def _better(x: Tensor, weight: Tensor) -> bool:
     return x.numel() * weight.shape[0] >= LEAST and on_host(x.device.type) and better_here()
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias` in float32; either layout of `weight` is read as it is."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+    """`x @ weight.T + bias` in the type of x, or its GELU; either layout of `weight` is read as it is."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], "none" if gelu else "")
 
 
 def product(x: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
@@ -93,6 +93,8 @@ def batched(x: Tensor, y: Tensor, scale: float) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """torch's `linear`, equal to rounding, with its gradients: x [..., k], weight [m, k], bias [m] to [..., m]."""
+    if fuses(x):
+        return _fused(x, weight, bias)
     if torch.is_autocast_enabled(x.device.type) or not _better(x, weight):
         return nn.functional.linear(x, weight, bias)
     if torch.is_grad_enabled() and (
@@ -100,6 +102,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     ):
         return _Linear.apply(x, weight, bias)  # type: ignore[return-value]
     return _product(x, weight, bias)
+
+
+def fuses(x: Tensor) -> bool:
+    """Whether `linear_gelu` spares passes over memory: in bf16 without a gradient, for which the hidden layer would be kept."""
+    return not torch.is_grad_enabled() and in_bf16_here(x)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`gelu(linear(x, weight, bias))` where `fuses(x)`, with one rounding to bf16 less."""
+    return _fused(x, weight, bias, gelu=True)
+
+
+def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+    low = (None if given is None else given.to(torch.bfloat16) for given in (x, weight, bias))
+    return _product(*low, gelu=gelu)  # type: ignore[arg-type]
 
 
 class _Linear(torch.autograd.Function):
@@ -141,8 +158,9 @@ COUNTED: dict[Any, Any] = {torch.ops.mkldnn._linear_pointwise: _flops}
 class Linear(nn.Linear):
     """A linear layer whose products are `linear`'s. Keys and initial weights are torch's."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight, self.bias)
+    def forward(self, input: Tensor, gelu: bool = False) -> Tensor:
+        """`gelu`: what a GELU makes of it, where `fuses(input)`."""
+        return (linear_gelu if gelu else linear)(input, self.weight, self.bias)
 
 
 def by_onednn(module: nn.Module) -> None:

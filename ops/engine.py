@@ -147,10 +147,7 @@ class Engine:
     def _scale(self, keys: list[Tensor], factors: Tensor) -> None:
         """Multiply gradients segment by segment, all in one call: a GPU idles here, for its host has just read the verdict."""
         parts, scales = self.segments.spread(factors, keys)
-        if self._device.type == "cpu":  # which has nothing to wait for, and would read and write every gradient
-            kept = [place for place, scale in enumerate(scales) if float(scale) != 1.0]
-            parts, scales = [parts[place] for place in kept], [scales[place] for place in kept]
-        if parts:  # a rank may hold nothing but padding of a small group
+        if parts:  # a rank may hold nothing but padding of a small group, and nothing may be clipped
             torch._foreach_mul_(parts, scales)  # pyright: ignore[reportPrivateImportUsage]
 
     def _trust_ratios(self) -> Tensor:

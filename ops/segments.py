@@ -65,6 +65,7 @@ class Segments:
         for shard in shards:
             starts.append(starts[-1] + len(shard.segments))
         self._rows = [slice(a, b) for a, b in pairwise(starts)]  # of each shard in `index`
+        self._spread: tuple[Tensor, Any] | None = None  # the last values, and their entries by segment
 
     def __iter__(self) -> Iterator[tuple[Shard, Segment]]:
         for shard in self.shards:
@@ -83,15 +84,24 @@ class Segments:
             total.index_add_(0, self.index, norms.double().square())
         return total
 
-    def spread(self, values: Tensor, keys: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Segments of the gradients of shards, and each one's entry of `values` [P] as a scalar tensor, without a sync."""
-        entries, parts, scales = values.to(torch.float32)[self.index].unbind(), [], []
+    def spread(self, values: Tensor, keys: list[Tensor]) -> tuple[list[Tensor], list[Any]]:
+        """Segments of the gradients of shards, and each one's entry of `values` [P], by which all are to be multiplied.
+
+        On a GPU entries are scalar tensors, without a sync. A CPU has nothing to wait for: there they are numbers, and
+        what would be read and written to be multiplied by 1 is left out.
+        """
+        if self._spread is None or self._spread[0] is not values:
+            each = values.to(torch.float32)[self.index]
+            self._spread = values, each.tolist() if each.device.type == "cpu" else each.unbind()
+        entries, parts, scales = self._spread[1], [], []
         for key in keys:
             place = self._by_key[id(key)]
             assert key.grad is not None
             flat = key.grad.view(-1)
-            parts += [segment.of(flat) for segment in self.shards[place].segments]
-            scales += entries[self._rows[place]]
+            for segment, entry in zip(self.shards[place].segments, entries[self._rows[place]], strict=True):
+                if isinstance(entry, Tensor) or entry != 1.0:
+                    parts.append(segment.of(flat))
+                    scales.append(entry)
         return parts, scales
 
     def owned(self, rank: int, world: int) -> Iterator[tuple[Shard, Segment, int, int]]:
