@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timm.models.vision_transformer import Block
@@ -24,6 +24,9 @@ from .products import batched, fuses, in_bf16_here
 
 # Cells of attention maps that are made at a time: 4 MiB of float32, which stay in a CPU's cache.
 MAP_CELLS = 1 << 20
+
+# What is read of a block's output: all tokens, the class token, or that and the mean of all tokens (pair).
+Read = Literal["all", "class", "pair"]
 
 
 class ScaledBlock(Block):
@@ -41,54 +44,98 @@ class ScaledBlock(Block):
         is_causal: bool = False,
         scale: Tensor | None = None,
         lean: bool = True,
+        read: Read = "all",
     ) -> Tensor:
         """Tokens [n, t, d] to [n, t, d]. scale [n, 2]: factors of what attention and MLP add; None: 1.
 
-        `lean` false: keep for backward what autograd would, for a caller who forgets all of it anyway.
+        `lean` false: keep for backward what autograd would, for a caller who forgets all of it anyway. `read`: of the last
+        block often no more is wanted than its class token, [n, 1, d], or that and the mean of all tokens, [n, 2, d]. Then
+        no more is computed: ten of the block's twelve d^2 multiply-adds a token are left out, or its last four.
         """
         if attn_mask is not None or is_causal:
             raise ValueError("this block attends to all tokens")
         lean = lean and not in_bf16_here(x)
-        x = self._add(x, None if scale is None else scale[:, 0], partial(self._attention, lean=lean))
-        return self._add(x, None if scale is None else scale[:, 1], partial(self._mlp, lean=lean))
+        first, second = (None, None) if scale is None else scale.unbind(1)
+        onto = x[:, :1] if read == "class" else x
+        x = self._add(onto, x, first, partial(self._attention, lean=lean, alone=read == "class"))
+        onto = _pair(x) if read == "pair" else x
+        return self._add(onto, x, second, partial(self._mlp, lean=lean, pair=read == "pair"))
 
-    def _add(self, x: Tensor, scale: Tensor | None, branch: Callable[[Tensor], Tensor]) -> Tensor:
+    def _add(self, onto: Tensor, x: Tensor, scale: Tensor | None, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        """`onto + scale * branch(x)`, by sample."""
         if scale is None:
-            return x + branch(x)
+            return onto + branch(x)
         if torch.compiler.is_compiling() or not on_host(x.device.type):
-            return x + scale[:, None, None] * branch(x)
+            return onto + scale[:, None, None] * branch(x)
         # Elsewhere, asking which samples are dropped would make the host wait, and shapes would change from step to step.
         factors = scale.tolist()
         kept = [place for place, factor in enumerate(factors) if factor]
         equal = len({factors[place] for place in kept}) == 1
         if not kept or not equal:
-            return x + scale[:, None, None] * branch(x)
+            return onto + scale[:, None, None] * branch(x)
         factor = factors[kept[0]]
         if len(kept) == len(factors):
-            return torch.add(x, branch(x), alpha=factor)
+            return torch.add(onto, branch(x), alpha=factor)
         rows = torch.tensor(kept)
         added = branch(x.index_select(0, rows))  # the gradient of x[rows] would go back row by row, ten times slower
-        return torch.index_add(x, 0, rows, added.to(x.dtype), alpha=factor)
+        return torch.index_add(onto, 0, rows, added.to(onto.dtype), alpha=factor)
 
-    def _attention(self, x: Tensor, lean: bool) -> Tensor:
+    def _attention(self, x: Tensor, lean: bool, alone: bool) -> Tensor:
+        """`alone`: of the class token, [n, 1, d]."""
         attention: Any = self.attn
         y, again = normed(self.norm1, x)
+        if alone:
+            query, joined = attention.qkv(y, apart=True)
+            return attention.proj(_attend_first(query, joined, attention.num_heads))
         with forgetting(y, again, lean):
             joined = attention.qkv(y)
         form = _ByProducts.apply if _by_products(joined, attention.num_heads) else attend
         return attention.proj(form(joined, attention.num_heads))
 
-    def _mlp(self, x: Tensor, lean: bool) -> Tensor:
+    def _mlp(self, x: Tensor, lean: bool, pair: bool) -> Tensor:
+        """`pair`: what it adds to the class token and to the mean of all, [n, 2, d]; its last layer is linear."""
         mlp: Any = self.mlp
         y, again = normed(self.norm2, x)
         if fuses(y):
-            return mlp.fc2(mlp.fc1(y, gelu=True))
+            y = mlp.fc1(y, gelu=True)
+            return mlp.fc2(_pair(y) if pair else y)
         with forgetting(y, again, lean):
             hidden = mlp.fc1(y)
         y = mlp.act(hidden)
+        if pair:
+            return mlp.fc2(_pair(y))
         kept = hidden.detach()
         with forgetting(y, lambda: gelu(kept), lean):
             return mlp.fc2(y)
+
+
+class _Pair(torch.autograd.Function):
+    """Tokens [n, t, d] to the first and the mean of all, [n, 2, d]; its gradient is written once, where autograd would
+    fill, scatter, expand and add."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.count = x.shape[1]
+        return torch.stack([x[:, 0], x.mean(1)], 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        slope = (grad[:, 1:] / ctx.count).repeat(1, ctx.count, 1)
+        slope[:, 0] += grad[:, 0]
+        return slope
+
+
+def _pair(x: Tensor) -> Tensor:
+    return _Pair.apply(x)  # type: ignore[return-value]
+
+
+def _attend_first(query: Tensor, joined: Tensor, heads: int) -> Tensor:
+    """The first token's query [n, 1, d], keys and values side by side [n, t, 2d] to what its heads gather [n, 1, d]."""
+    n, _, d = query.shape
+    parts = query, *joined.split(d, -1)
+    turned = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in parts)
+    return scaled_dot_product_attention(*turned).transpose(1, 2).reshape(n, 1, d)
 
 
 def attend(joined: Tensor, heads: int) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from .block import Read
 from .dense import DenseHead
 from .heads import PrototypeHead, WeightNormLinear
 from .resnet import ResNetBackbone
@@ -31,14 +32,19 @@ class Asked:
     hidden: float = 0.0  # patches of an image that the patch objective hides, over all its global crops
 
 
-def forward_flops(backbone: nn.Module, height: int, width: int) -> int:
-    """Of one image of so many pixels through a backbone, up to its last norm."""
+def forward_flops(backbone: nn.Module, height: int, width: int, read: Read = "all") -> int:
+    """Of one image of so many pixels through a backbone, up to its last norm. `read`: see `Backbone.forward`."""
     if isinstance(backbone, ResNetBackbone):
         return _through(nn.Sequential(*backbone.children()), height, width)[0]
     assert isinstance(backbone, Backbone)
     places = _places(backbone, height, width)
     tokens, attention = places + 1, 4 * (places + 1) ** 2 * backbone.embed_dim
-    return _first(backbone, height, width) + sum(tokens * row_flops(b) + attention for b in backbone.blocks)
+    found = _first(backbone, height, width) + sum(tokens * row_flops(b) + attention for b in backbone.blocks)
+    last: Any = backbone.blocks[-1]
+    if read == "class":
+        queries = 2 * backbone.embed_dim**2 + row_flops(last.attn.proj) + row_flops(last.mlp)
+        return found - (tokens - 1) * (queries + attention // tokens)
+    return found - (tokens - 2) * row_flops(last.mlp.fc2) if read == "pair" else found
 
 
 def row_flops(module: nn.Module) -> int:
@@ -62,7 +68,11 @@ def tokens(backbone: nn.Module, crops: Crops) -> int:
 def student_flops(student: Student, crops: Crops, asked: Asked | None = None) -> int:
     """Of one image's forward through backbone and heads; the teacher is a student without predictors."""
     asked = asked or Asked()
-    trunk = sum(count * forward_flops(student.backbone, size, size) for size, count in crops)
+    reads = student.reads(len(crops))
+    trunk = sum(
+        count * forward_flops(student.backbone, size, size, read)
+        for (size, count), read in zip(crops, reads, strict=True)
+    )
     return trunk + _heads(student, crops, asked) + _search(student, crops, asked)
 
 

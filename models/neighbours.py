@@ -12,22 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
-from .products import linear, product
+from .products import QueryKeyValue, product
 
 # Similarities held at once in a search: 64 MiB of float32.
 _SEARCH_CELLS = 1 << 24
-
-
-class QueryKeyValue(nn.Linear):
-    """A ViT block's `qkv` layer that leaves out the queries nobody asks for.
-
-    It splits its weight in its own forward, where ZeRO 3 has gathered it.
-    """
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[n, t, d] to the query of token 0 [n, 1, d] and the keys and values of all tokens [n, t, 2d]."""
-        d = self.in_features
-        return linear(x[:, :1], self.weight[:d], self.bias[:d]), linear(x, self.weight[d:], self.bias[d:])
 
 
 class FirstTokenAttention(nn.Module):
@@ -42,7 +30,7 @@ class FirstTokenAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[n, t, d] to [n, d]."""
         n, t, d = x.shape
-        query, rest = self.qkv(x)
+        query, rest = self.qkv(x, apart=True)
         query = query.reshape(n, 1, self.heads, d // self.heads).transpose(1, 2)
         key, value = rest.reshape(n, t, 2, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
         return self.proj(scaled_dot_product_attention(query, key, value).reshape(n, d))

@@ -163,6 +163,21 @@ class Linear(nn.Linear):
         return (linear_gelu if gelu else linear)(input, self.weight, self.bias)
 
 
+class QueryKeyValue(Linear):
+    """A ViT block's `qkv` layer, which can leave out the queries that nobody asks for.
+
+    It splits its weight in its own forward, where ZeRO 3 has gathered it.
+    """
+
+    def forward(self, input: Tensor, apart: bool = False) -> Any:  # type: ignore[override]
+        """[n, t, d] to [n, t, 3d]; `apart`: to the query of token 0 [n, 1, d] and keys and values of all [n, t, 2d]."""
+        if not apart:
+            return linear(input, self.weight, self.bias)
+        d = self.in_features
+        one, rest = (None, None) if self.bias is None else (self.bias[:d], self.bias[d:])
+        return linear(input[:, :1], self.weight[:d], one), linear(input, self.weight[d:], rest)
+
+
 def by_onednn(module: nn.Module) -> None:
     """Let the linear layers that a module has already be `Linear`; those of other classes stay."""
     for part in module.modules():

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from .batch_norm import BatchNorm, collect_statistics
+from .block import Read
 from .dense import DenseHead
 from .fixed import fix_patch_embed, fix_positions
 from .heads import ProjectionHead, PrototypeHead
@@ -247,11 +248,12 @@ class Student(nn.Module):
 
     def _outputs(self, views: Sequence[Tensor], context: Mapping[str, Tensor], global_sizes: int) -> dict[str, Tensor]:
         norm = self.backbone.norm
-        before = self._tokens(views, context)
+        reads = self.reads(len(views), global_sizes)
+        before = self._tokens(views, context, reads)
         out = {"class_token": norm(torch.cat([x[:, 0] for x in before]))}
         if self.relation is not None:
             bank = _from(context, "local_group.bank", "the objective's context() has it")
-            query = torch.cat([x.mean(1) for x in before])
+            query = torch.cat([x[:, 1] if read == "pair" else x.mean(1) for x, read in zip(before, reads, strict=True)])
             kept = context.get("local_group.unit_bank"), context.get("local_group.norms")
             _, rows = search(query, bank, self.config.neighbours, *kept)
             out["local_group"] = self.heads["local_group"](self.relation(query, rows, norm))
@@ -298,8 +300,17 @@ class Student(nn.Module):
         out = {"patch": logits} | ({} if own else {"group": group})
         return out | ({"patch_mean": mean.detach()} if teacher else {})
 
-    def _tokens(self, views: Sequence[Tensor], context: Mapping[str, Tensor]) -> list[Tensor]:
-        """Tokens before the last LayerNorm, a tensor [n_i, 1 + P_i, d] a size: where packing of sizes belongs."""
+    def reads(self, sizes: int, global_sizes: int = 1) -> list[Read]:
+        """What heads and memories want to see of each size of crops, the global ones first."""
+        asked = self.config.objectives
+        if self.config.resnet:
+            return ["all"] * sizes
+        whole = not {"patch", "dense", "local_group"}.isdisjoint(asked)  # memory rows are means of patches
+        few: Read = "class" if self.relation is None else "pair"
+        return ["all" if whole and place < global_sizes else few for place in range(sizes)]
+
+    def _tokens(self, views: Sequence[Tensor], context: Mapping[str, Tensor], reads: Sequence[Read]) -> list[Tensor]:
+        """Before the last LayerNorm, what is read of the tokens of each size: [n_i, 1 + P_i, d], or fewer (`Backbone.forward`)."""
         if isinstance(self.backbone, ResNetBackbone):
             return [_shuffled(self.backbone, x, context.get("shuffle.order")) for x in views]
         rate = self.config.drop_path
@@ -312,13 +323,13 @@ class Student(nn.Module):
                     f'"patch.masks" has shape {tuple(masks[0].shape)}; the global crops want {(len(views[0]), *grid)}'
                 )
         if not (self.training and rate > 0.0):
-            return [self.backbone(x, None, mask) for x, mask in zip(views, masks, strict=True)]
+            return [self.backbone(x, None, *more) for x, *more in zip(views, masks, reads, strict=True)]
         draws = _from(context, "drop_path.draws", "pass uniform numbers [n, 2 * depth], or set drop_path 0")
         wanted = (sum(len(x) for x in views), 2 * len(self.backbone.blocks))
         if draws.shape != wanted:
             raise ValueError(f'"drop_path.draws" has shape {tuple(draws.shape)}; these views want {wanted}')
         scales = branch_scales(draws, rate).split([len(x) for x in views])
-        return [self.backbone(x, scale, mask) for x, scale, mask in zip(views, scales, masks, strict=True)]
+        return [self.backbone(*given) for given in zip(views, scales, masks, reads, strict=True)]
 
 
 MASKS = "the patch objective wants masks [global crops, h, w]; a run draws them"

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .batch_norm import BatchNorm
-from .block import ScaledBlock
+from .block import Read, ScaledBlock
 from .initial import generator
 from .patches import as_product
-from .products import by_onednn
+from .products import QueryKeyValue, by_onednn
 
 PosInterp = Literal["official", "timm"]
 
@@ -65,8 +65,13 @@ class Backbone(VisionTransformer):
             return self.patch_embed(x)
         return self.patch_embed(x.to(weight.dtype)).to(x.dtype)  # frozen weights are buffers, and those stay fp32
 
-    def forward(self, x: Tensor, branch_scale: Tensor | None = None, masks: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, branch_scale: Tensor | None = None, masks: Tensor | None = None, read: Read = "all"
+    ) -> Tensor:
         """Images [n, 3, H, W] to tokens [n, 1 + P, d] BEFORE the last LayerNorm (`self.norm`), class token first.
+
+        `read` "class": to the class token alone, [n, 1, d]; "pair": to that and the mean of all tokens, [n, 2, d]; the last
+        block computes no more.
 
         branch_scale [n, 2 * depth] multiplies what each block's attention and MLP add to each sample (`branch_scales`);
         None leaves them whole. masks [n, h, w] bool hide patches: the mask token takes the place of what was embedded,
@@ -78,16 +83,18 @@ class Backbone(VisionTransformer):
             # Also where nothing is hidden, so that the token has a gradient on every rank.
             patches = torch.where(masks.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
         x = self._pos_embed(patches)
-        scales = [{}] * len(self.blocks)
+        how: list[dict[str, Any]] = [{} for _ in self.blocks]
         if branch_scale is not None:
-            scales = [{"scale": scale} for scale in branch_scale.to(x.dtype).split(2, dim=1)]
+            how = [{"scale": scale} for scale in branch_scale.to(x.dtype).split(2, dim=1)]
+        if read != "all":
+            how[-1]["read"] = read
         recompute = self.recompute and self.training and torch.is_grad_enabled()
-        for block, scale in zip(self.blocks, scales, strict=True):
+        for block, given in zip(self.blocks, how, strict=True):
             if recompute:
                 # Blocks draw nothing, so there is no generator to put back.
-                x = checkpoint(block, x, **scale, lean=False, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, **given, lean=False, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, **scale)
+                x = block(x, **given)
         return x
 
 
@@ -142,6 +149,8 @@ def build_backbone(
             f"backbone {name!r} is not a plain ViT (class token, learned positions, GELU); choose one that is"
         )
     by_onednn(backbone)
+    for part in backbone.blocks:
+        part.attn.qkv.__class__ = QueryKeyValue
     as_product(backbone.patch_embed.proj)  # pyright: ignore[reportArgumentType]
     backbone.heads = block.attn.num_heads
     backbone.register_parameter("mask_token", None)

@@ -1,6 +1,7 @@
 """The student: the official outputs, the order of crops, what it asks of its context, and where its weights come from."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +53,39 @@ def test_outputs_equal_the_official_step():
         out = student([official["crop"].float()], context)
     for name, wanted in official["outputs"].items():
         torch.testing.assert_close(out[name], wanted, rtol=0, atol=2e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("objectives", "reads"),
+    [
+        (("instance", "group"), ["class", "class"]),
+        (("instance", "local_group", "group"), ["all", "pair"]),
+        (("group", "dense"), ["all", "class"]),
+        (("group", "patch"), ["all", "class"]),
+        (("local_group", "patch"), ["all", "pair"]),
+    ],
+)
+def test_no_more_is_computed_than_is_read(
+    objectives: tuple[Any, ...], reads: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Outputs and gradients are those of a forward of all tokens."""
+    config = TINY.model_copy(update={"objectives": objectives, "drop_path": 0.3})
+    student, found = Student(config).double(), []
+    assert student.reads(2) == reads
+    crops = [x.double() for x in views()]
+    context = {k: v.double() for k, v in bank().items()} | {
+        "drop_path.draws": torch.rand(15, 4, generator=torch.Generator().manual_seed(1)),
+        "patch.masks": torch.rand(6, 2, 2, generator=torch.Generator().manual_seed(2)) < 0.4,
+    }
+    for form in (student.reads, lambda sizes, _: ["all"] * sizes):
+        monkeypatch.setattr(student, "reads", form)
+        student.zero_grad()
+        out = student(crops, context)
+        sum(value.sin().sum() for value in out.values() if value.requires_grad).backward()  # pyright: ignore[reportAttributeAccessIssue]
+        found.append(out | {name: p.grad for name, p in student.named_parameters()})
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=1e-8, atol=1e-9, msg=name)
 
 
 def test_rows_are_crop_major_over_the_sizes_as_given():

@@ -157,6 +157,38 @@ def counted(backbone: Backbone) -> list[int]:
     return seen
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("factors", [None, [[0, 2], [2, 0], [2, 2]], [[1.5, 1], [0.5, 3], [0, 2]], [[0, 0]] * 3])
+@pytest.mark.parametrize("read", ["class", "pair"])
+def test_what_is_read_of_the_last_block_is_all_that_it_computes(
+    read: Any, factors: list[list[float]] | None, recompute: bool
+):
+    """The class token alone, or with the mean of all: the numbers and gradients of a backbone that gives out all tokens."""
+    backbone = build_backbone("vit_tiny_patch16_224", **SMALL, linear_std=0.2).double()
+    backbone.recompute = recompute
+    images, rows = torch.randn(3, 3, 32, 32, dtype=torch.float64), {}
+    scale = None if factors is None else torch.tensor(factors, dtype=torch.float64).repeat(1, 3)
+    for name in ("attn.proj", "mlp.fc1", "mlp.fc2"):
+        part = backbone.blocks[-1].get_submodule(name)
+        part.register_forward_pre_hook(lambda _, given, name=name: rows.update({name: given[0].shape[1]}))
+    found, wanted = [], []
+    for into in (found, wanted):
+        rows.clear()
+        backbone.zero_grad()
+        if into is found:
+            out = backbone(images, scale, read=read)
+            one = {"class": 1, "pair": 17}[read]
+            assert rows == {"attn.proj": one, "mlp.fc1": one, "mlp.fc2": {"class": 1, "pair": 2}[read]}
+        else:
+            tokens = backbone(images, scale)
+            assert set(rows.values()) == {17}
+            out = tokens[:, :1] if read == "class" else torch.stack([tokens[:, 0], tokens.mean(1)], 1)
+        out.sin().sum().backward()
+        into += [out.detach(), *(p.grad for name, p in backbone.named_parameters() if not name.startswith("norm."))]
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_recomputation_changes_no_bit(scaled: bool, bf16: bool):
