@@ -32,6 +32,14 @@ def test_it_is_given_back_after_an_error():
     assert on_host("cpu")
 
 
+@pytest.mark.parametrize("count", [1, 7, 48, 100, 768, 10**6])
+def test_blocks_are_of_round_sizes(count: int):
+    """Products with a side that is no multiple of 64 take up to 40 % longer."""
+    rows = rows_in_block(count, "cpu")
+    assert rows % 64 == 0
+    assert rows == 64 or (1 << 19) - 64 * count < rows * count <= 1 << 19
+
+
 def test_a_gpus_way_has_larger_blocks_and_the_backward_goes_it_too():
     small = rows_in_block(100, "cpu")
     found: list[int] = []

@@ -34,6 +34,28 @@ def test_under_autocast_it_gives_out_what_the_convolution_does() -> None:
     torch.testing.assert_close(ours, plain, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize(("bf16", "avx512", "oned", "wanted"), [
+    (False, True, True, True), (False, True, False, False), (True, True, False, True), (True, False, False, False),
+])  # fmt: skip
+def test_a_cpu_takes_the_faster_one(
+    bf16: bool, avx512: bool, oned: bool, wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The product where it is oneDNN's."""
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512" if avx512 else "AVX2")
+    monkeypatch.setattr("gristmill.models.patches.better_here", lambda: oned)
+    seen: list[int] = []
+    real = torch.conv2d
+    monkeypatch.setattr("torch.nn.modules.conv.F.conv2d", lambda *given, **how: seen.append(1) or real(*given, **how))
+    convolution, images = nn.Conv2d(3, 8, 16, stride=16), torch.randn(2, 3, 32, 32)
+    plain = convolution(images)
+    as_product(convolution)
+    seen.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        ours = convolution(images)
+    assert bool(seen) is not wanted
+    torch.testing.assert_close(ours.float(), plain, rtol=0.02 * bf16 + 1e-5, atol=0.02 * bf16 + 1e-5)
+
+
 def test_weights_keep_their_names_and_numbers() -> None:
     convolution = nn.Conv2d(3, 8, 16, stride=16)
     before = {name: value.clone() for name, value in convolution.state_dict().items()}

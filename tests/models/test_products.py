@@ -28,7 +28,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Shapes of what oneDNN was given."""
     seen: list[tuple[int, ...]] = []
     real = products._product
-    monkeypatch.setattr(products, "_product", lambda x, *more: seen.append(tuple(x.shape)) or real(x, *more))
+    monkeypatch.setattr(
+        products, "_product", lambda x, *more, **how: seen.append(tuple(x.shape)) or real(x, *more, **how)
+    )
     return seen
 
 
@@ -169,6 +171,62 @@ def test_who_is_served(
     assert better_here.__wrapped__(str(file)) is wanted
     monkeypatch.setattr(products, "better_here", lambda: wanted)
     assert library() == f"{'oneDNN' if wanted else 'torch'} {capability}"
+
+
+@pytest.mark.parametrize("before", ["none", "ieee"])
+@pytest.mark.parametrize(("n", "m", "k"), [(37, 37, 64), (5, 19, 24)])
+def test_batches_of_bf16_are_multiplied_exactly(n: int, m: int, k: int, before: str) -> None:
+    """But for float32's sums; and what others set for their products stays."""
+    setting = torch.backends.mkldnn.matmul
+    x, y, own = draw(6, n, k).bfloat16(), draw(6, m, k, seed=1).bfloat16(), setting.fp32_precision
+    setting.fp32_precision = before
+    try:
+        found = products.batched(x, y, 0.125)
+        with pytest.raises(RuntimeError):
+            products.batched(x, y[:, :, 1:], 0.125)
+        assert setting.fp32_precision == before
+    finally:
+        setting.fp32_precision = own
+    assert found.dtype == torch.float32
+    assert gap(found, x.double() @ y.double().mT / 8) < 2e-7
+
+
+def test_without_a_gradient_bf16_is_one_pass_a_layer(
+    monkeypatch: pytest.MonkeyPatch, calls: list[tuple[int, ...]]
+) -> None:
+    """As close to float64 as layer and GELU apart; with a gradient the hidden layer is kept, and it is torch's."""
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
+    layer, x = Linear(24, 40), draw(2, 17, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not products.fuses(x)
+        plain = layer(x)
+        assert not calls
+        with torch.no_grad():
+            assert products.fuses(x)
+            found, fused = layer(x), layer(x, gelu=True)
+    assert len(calls) == 2
+    exact = nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
+    for mine, torchs, wanted in ((found, plain, exact), (fused, nn.functional.gelu(plain), nn.functional.gelu(exact))):
+        assert mine.dtype == torch.bfloat16
+        assert gap(mine, wanted) <= 1.1 * gap(torchs, wanted)
+    with torch.no_grad():
+        assert not products.fuses(x)
+        assert products.fuses(x.bfloat16())
+        monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
+        assert not products.fuses(x.bfloat16())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_queries_that_nobody_asks_for_are_left_out(bias: bool) -> None:
+    layer, x, found = products.QueryKeyValue(16, 48, bias=bias), draw(2, 5, 16), []
+    for apart in (False, True):
+        layer.zero_grad()
+        query, rest = layer(x, apart=True) if apart else layer(x).split([16, 32], -1)
+        assert query.shape == (2, 1 if apart else 5, 16)
+        (query[:, :1].sin().sum() + rest.cos().sum()).backward()
+        found.append([query[:, :1].detach(), rest.detach(), *(p.grad for p in layer.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_what_a_block_forgets_stays_forgotten(calls: list[tuple[int, ...]]) -> None:

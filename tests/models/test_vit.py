@@ -323,6 +323,23 @@ def test_compiled_blocks_equal_the_plain_ones(scaled: bool, recompute: bool, siz
 
 
 @pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("read", ["class", "pair"])
+def test_a_compiled_last_block_computes_what_is_read(read: Any):
+    plain = build_backbone("vit_tiny_patch16_224", **SMALL)
+    compiled, found = copy.deepcopy(plain), []
+    compile_blocks(compiled, "aot_eager")
+    scale = torch.tensor([[0.0, 2.0, 1.0, 0.0, 1.5, 1.5]]).expand(2, -1)
+    torch._dynamo.utils.counters.clear()
+    for backbone in (compiled, plain):
+        out = backbone(torch.ones(2, 3, 32, 32), scale, read=read)
+        out.sin().sum().backward()
+        found.append([out.detach(), *(p.grad for p in backbone.blocks.parameters())])
+    assert not torch._dynamo.utils.counters["graph_break"]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("compiler")
 def test_inductor_equals_the_plain_blocks_or_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch):
     plain = build_backbone("vit_tiny_patch16_224", **{**SMALL, "depth": 1})
     compiled = copy.deepcopy(plain)

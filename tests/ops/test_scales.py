@@ -167,6 +167,16 @@ def test_lars_on_shards_equals_lars_on_tensors(net, seed: int, clip: float, zero
             torch.testing.assert_close(segment.of(shard.flat), whole, rtol=2e-5, atol=2e-6)
 
 
+def test_what_is_not_clipped_is_not_touched():
+    """A CPU reads no gradient to multiply it by 1; numbers of the step before are not taken for this one's."""
+    shard = Shard(nn.Parameter(torch.ones(10)), {}, [Segment("w0", 0, 4, 0), Segment("w1", 0, 6, 4)])
+    shard.key.grad = torch.ones(10)
+    table = Segments([shard], {"w0": torch.Size((2, 2)), "w1": torch.Size((3, 2))}, replicated=False)
+    for factors, wanted in (([1.0, 0.5], {6: 0.5}), ([1.0, 1.0], {}), ([0.25, 1.0], {4: 0.25})):
+        parts, scales = table.spread(torch.tensor(factors, dtype=torch.float64), [shard.key])
+        assert dict(zip(map(len, parts), scales, strict=True)) == wanted
+
+
 def test_lars_reference_on_one_number():
     """Two steps by hand: |p| = 2, g = 1, wd = .5, trust .1, momentum .5, rate 1."""
     p = nn.Parameter(torch.tensor([[2.0]]))
