@@ -3,7 +3,7 @@
 Stochastic depth (arXiv 1603.09382) drops samples, so what is dropped need not be computed; norms and GELU are computed once
 more in backward instead of being kept (lean.py); the rest is timm's, to rounding, with timm's parameter names.
 In bf16 on a CPU products are so fast that what surrounds them counts: there attention is made of batched products, and its
-maps, norms and GELU are kept, which takes no more memory than float32 without them.
+maps, norms and GELU are kept, which takes about the memory of float32 without them.
 """
 
 from __future__ import annotations
