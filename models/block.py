@@ -134,8 +134,8 @@ def _attend_first(query: Tensor, joined: Tensor, heads: int) -> Tensor:
     """The first token's query [n, 1, d], keys and values side by side [n, t, 2d] to what its heads gather [n, 1, d]."""
     n, _, d = query.shape
     parts = query, *joined.split(d, -1)
-    turned = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in parts)
-    return scaled_dot_product_attention(*turned).transpose(1, 2).reshape(n, 1, d)
+    query, key, value = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in parts)
+    return scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(n, 1, d)
 
 
 def attend(joined: Tensor, heads: int) -> Tensor:

@@ -39,7 +39,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def gap(found: Tensor, wanted: Tensor) -> float:
-    return float((found.double() - wanted).detach().norm() / wanted.norm())
+    return float((found.double() - wanted).detach().norm() / wanted.detach().norm())
 
 
 @pytest.mark.parametrize("bias", [False, True])

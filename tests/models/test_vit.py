@@ -166,11 +166,15 @@ def test_what_is_read_of_the_last_block_is_all_that_it_computes(
     """The class token alone, or with the mean of all: the numbers and gradients of a backbone that gives out all tokens."""
     backbone = build_backbone("vit_tiny_patch16_224", **SMALL, linear_std=0.2).double()
     backbone.recompute = recompute
-    images, rows = torch.randn(3, 3, 32, 32, dtype=torch.float64), {}
+    images, rows = torch.randn(3, 3, 32, 32, dtype=torch.float64), dict[str, int]()
     scale = None if factors is None else torch.tensor(factors, dtype=torch.float64).repeat(1, 3)
-    for name in ("attn.proj", "mlp.fc1", "mlp.fc2"):
+
+    def watch(name: str) -> None:
         part = backbone.blocks[-1].get_submodule(name)
-        part.register_forward_pre_hook(lambda _, given, name=name: rows.update({name: given[0].shape[1]}))
+        part.register_forward_pre_hook(lambda _, given: rows.update({name: given[0].shape[1]}))
+
+    for name in ("attn.proj", "mlp.fc1", "mlp.fc2"):
+        watch(name)
     found, wanted = [], []
     for into in (found, wanted):
         rows.clear()
