@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from .host import on_host
 LEAST = 1 << 22
 # Rows from which the gradient of a weight is worth turning its factors for; below, it is bound by memory, and MKL's is as good.
 LEAST_ROWS = 256
+# Held while torch's setting of products is another: of two threads, one would put back what the other had set.
+_SETTING = Lock()
 
 
 @cache
@@ -80,20 +83,22 @@ def batched(x: Tensor, y: Tensor, scale: float) -> Tensor:
     """`x @ y.mT * scale` in float32, without gradient, of batches x [b, n, k] and y [b, m, k] in bf16 on the host.
 
     Handed to MKL as float32, small products take three times as long; oneDNN takes float32 that may be read as bf16, which
-    these numbers are, so that nothing is lost: sums are float32, and so is what comes out.
+    these numbers are, so that nothing is lost: sums are float32, and so is what comes out. The setting is the process':
+    no other thread may multiply float32 numbers by torch meanwhile, and none of a run's does.
     """
     out, setting = torch.empty(len(x), x.shape[1], y.shape[1]), torch.backends.mkldnn.matmul
-    before = setting.fp32_precision
-    setting.fp32_precision = "bf16"
-    try:
-        return torch.baddbmm(out, x.float(), y.float().mT, beta=0, alpha=scale, out=out)
-    finally:
-        setting.fp32_precision = before
+    with _SETTING:
+        before = setting.fp32_precision
+        setting.fp32_precision = "bf16"
+        try:
+            return torch.baddbmm(out, x.float(), y.float().mT, beta=0, alpha=scale, out=out)
+        finally:
+            setting.fp32_precision = before
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """torch's `linear`, equal to rounding, with its gradients: x [..., k], weight [m, k], bias [m] to [..., m]."""
-    if fuses(x):
+    if fuses(x) and (torch.is_autocast_enabled(x.device.type) or x.dtype == weight.dtype):
         return _fused(x, weight, bias)
     if torch.is_autocast_enabled(x.device.type) or not _better(x, weight):
         return nn.functional.linear(x, weight, bias)

@@ -20,9 +20,8 @@ _TRIM, _MMAP, _MMAP_MAX = -1, -3, -4  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MM
 
 def keep_no_heap() -> bool:
     """From now on, return large freed tensors of the host at once. False where the C library is not glibc."""
-    return bool(
-        _set(_MMAP_MAX, 1 << 16) and _set(_MMAP, LARGE) and _set(_TRIM, LARGE)
-    )  # the first is glibc's own value
+    own = 1 << 16  # glibc's, which `keep_heap` may have changed
+    return bool(_set(_MMAP_MAX, own) and _set(_MMAP, LARGE) and _set(_TRIM, LARGE))
 
 
 def keep_heap() -> bool:

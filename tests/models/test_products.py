@@ -1,6 +1,7 @@
 """Products by oneDNN: torch's own to rounding, forward and backward, and only for whom they are faster."""
 
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,15 @@ def test_batches_of_bf16_are_multiplied_exactly(n: int, m: int, k: int, before: 
     assert gap(found, x.double() @ y.double().mT / 8) < 2e-7
 
 
+def test_threads_leave_the_setting_as_it_was() -> None:
+    setting, x = torch.backends.mkldnn.matmul, draw(6, 37, 64).bfloat16()
+    own = setting.fp32_precision
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: products.batched(x, x, 1.0), range(200)))
+    assert setting.fp32_precision == own
+    assert all(torch.equal(each, found[0]) for each in found)
+
+
 def test_without_a_gradient_bf16_is_one_pass_a_layer(
     monkeypatch: pytest.MonkeyPatch, calls: list[tuple[int, ...]]
 ) -> None:
@@ -212,6 +222,8 @@ def test_without_a_gradient_bf16_is_one_pass_a_layer(
     with torch.no_grad():
         assert not products.fuses(x)
         assert products.fuses(x.bfloat16())
+        with pytest.raises(RuntimeError, match="dtype"):  # torch's own word on mixed types
+            layer(x.bfloat16())
         monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
         assert not products.fuses(x.bfloat16())
 
