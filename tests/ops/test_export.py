@@ -44,6 +44,10 @@ def features(student: Student, images: Tensor) -> Tensor:
         return tokens(backbone, images)[1][:, 0]
 
 
+# Of features of order 1: patches, and products of some size, may be another library's (models/products.py).
+CLOSE: dict[str, Any] = {"rtol": 0, "atol": 1e-5}
+
+
 def timms(path: Path, config: StudentConfig, size: tuple[int, int] | None = None, **more: Any) -> torch.nn.Module:
     arguments = timm_arguments(config, size) | more
     return timm.create_model(config.backbone, checkpoint_path=str(path), **arguments).eval()
@@ -57,8 +61,7 @@ def test_timm_gives_the_same_features(tmp_path: Path, sizes: str):
     images = torch.randn(2, 3, config.image_size, config.image_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         theirs = timms(path, config)(images)
-    # Products of the larger one may be another library's (models/products.py).
-    torch.testing.assert_close(theirs, features(student, images), rtol=0, atol=1e-5 if sizes == "as named" else 1e-6)
+    torch.testing.assert_close(theirs, features(student, images), **CLOSE)
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt", "recipe": "mine"}
 
@@ -70,7 +73,7 @@ def test_timm_carries_positions_as_we_do_in_its_form(tmp_path: Path):
     images = torch.randn(2, 3, 70, 28, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         theirs = timms(path, config)(images)
-    torch.testing.assert_close(theirs, features(student, images), rtol=0, atol=1e-6)
+    torch.testing.assert_close(theirs, features(student, images), **CLOSE)
 
 
 def test_there_and_back_is_equal_bit_for_bit(tmp_path: Path):
@@ -137,7 +140,7 @@ def test_a_checkpoint_of_any_ranks(tmp_path: Path, ranks: int, who: Any):
         model = timm.create_model(
             named["gristmill.model"], checkpoint_path=str(path), **json.loads(named["gristmill.arguments"])
         )
-        torch.testing.assert_close(model.eval()(images), features(network, images), rtol=0, atol=1e-6)
+        torch.testing.assert_close(model.eval()(images), features(network, images), **CLOSE)
     export_checkpoint(str(tmp_path / "run"), out, who, format="official")
     state, _ = import_student(out, who)
     assert state.keys() == network.state_dict().keys()
@@ -154,7 +157,7 @@ def test_positions_for_another_size(tmp_path: Path, interp: str):
     images = torch.randn(1, 3, 48, 24, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         theirs = timms(path, recipe.student, (48, 24), dynamic_img_size=False)(images)
-    torch.testing.assert_close(theirs, features(teacher, images), rtol=0, atol=1e-6)
+    torch.testing.assert_close(theirs, features(teacher, images), **CLOSE)
 
 
 def call(*arguments: object) -> tuple[int, str]:
