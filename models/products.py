@@ -110,16 +110,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def fuses(x: Tensor) -> bool:
-    """Whether `linear_gelu` spares passes over memory: in bf16 without a gradient, for which the hidden layer would be kept."""
+    """Whether layer, bias and GELU in one spare passes over memory: in bf16 without a gradient, for which the hidden layer would be kept."""
     return not torch.is_grad_enabled() and in_bf16_here(x)
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`gelu(linear(x, weight, bias))` where `fuses(x)`, with one rounding to bf16 less."""
-    return _fused(x, weight, bias, gelu=True)
-
-
 def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+    """The layer, or its GELU with one rounding to bf16 less."""
     low = (None if given is None else given.to(torch.bfloat16) for given in (x, weight, bias))
     return _product(*low, gelu=gelu)  # type: ignore[arg-type]
 
@@ -165,7 +161,8 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor, gelu: bool = False) -> Tensor:
         """`gelu`: what a GELU makes of it, where `fuses(input)`."""
-        return (linear_gelu if gelu else linear)(input, self.weight, self.bias)
+        given = input, self.weight, self.bias
+        return _fused(*given, gelu=True) if gelu else linear(*given)
 
 
 class QueryKeyValue(Linear):

@@ -18,16 +18,16 @@ HUGE = 1 << 30  # and where it is not; above it, nothing is worth keeping for lo
 _TRIM, _MMAP, _MMAP_MAX = -1, -3, -4  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX of malloc.h
 
 
-def keep_no_heap() -> bool:
-    """From now on, return large freed tensors of the host at once. False where the C library is not glibc."""
-    own = 1 << 16  # glibc's, which `keep_heap` may have changed
+def keep_heap(kept: bool) -> bool:
+    """From now on, keep freed tensors' memory for those to come, or give large ones back at once.
+
+    False where the C library is not glibc.
+    """
+    if kept:
+        # Older releases refuse a threshold that high; there no request gets pages of its own.
+        return bool((_set(_MMAP, HUGE) or _set(_MMAP_MAX, 0)) and _set(_TRIM, -1))
+    own = 1 << 16  # glibc's, which may have been changed above
     return bool(_set(_MMAP_MAX, own) and _set(_MMAP, LARGE) and _set(_TRIM, LARGE))
-
-
-def keep_heap() -> bool:
-    """From now on, keep freed tensors' memory for those to come. False where the C library is not glibc."""
-    # Older releases refuse a threshold that high; there no request gets pages of its own.
-    return bool((_set(_MMAP, HUGE) or _set(_MMAP_MAX, 0)) and _set(_TRIM, -1))
 
 
 def _set(what: int, value: int) -> int:

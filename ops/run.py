@@ -34,7 +34,7 @@ from .engine import Engine
 from .feed import Feed
 from .fitting import together
 from .guard import Guard, Verdict
-from .heap import keep_heap, keep_no_heap
+from .heap import keep_heap
 from .importing import Initial, read_initial
 from .inputs import Inputs, Origin
 from .networks import build_mixture, build_student
@@ -81,7 +81,7 @@ class Run:
         self.quarantine = Quarantine(folder / "quarantine.jsonl")
         self.plan = Plan(recipe.views)
         if device.type == "cpu":
-            keep_no_heap() if recipe.engine.recompute else keep_heap()
+            keep_heap(not recipe.engine.recompute)
         student = self.build()
         student.backbone.recompute = recipe.engine.recompute
         self.depth = len(student.backbone.blocks)

@@ -31,7 +31,7 @@ from ...models.teacher import make_teacher
 from ...objectives import Outcome
 from ..engine import Engine
 from ..guard import Guard
-from ..heap import keep_heap, keep_no_heap
+from ..heap import keep_heap
 from ..inputs import Inputs, Origin
 from ..launch import join, leave, quiet_deepspeed
 from ..networks import build_mixture, build_student
@@ -77,7 +77,7 @@ class OurStep:
     def __init__(self, recipe: Recipe, device: str = "cpu"):
         self.recipe, self.inputs, self.position = recipe, Inputs(recipe, 0, 1, device), 0
         if device == "cpu":
-            keep_no_heap() if recipe.engine.recompute else keep_heap()
+            keep_heap(not recipe.engine.recompute)
         student = build_student(recipe).to(device)
         student.backbone.recompute = recipe.engine.recompute
         self.depth = len(student.backbone.blocks)

@@ -23,7 +23,7 @@ from gristmill.objectives.memory import RingMemory
 from gristmill.ops.bench.steps import IMAGES
 from gristmill.ops.engine import Engine
 from gristmill.ops.guard import Guard
-from gristmill.ops.heap import keep_no_heap
+from gristmill.ops.heap import keep_heap
 from gristmill.ops.inputs import Inputs, Origin
 from gristmill.ops.launch import join, leave, quiet_deepspeed
 from gristmill.ops.networks import build_mixture, build_student
@@ -45,7 +45,7 @@ class Step:
     def __init__(self, recipe: Recipe, rank: int, world: int):
         self.recipe, self.world, self.inputs = recipe, world, Inputs(recipe, rank, world, "cpu")
         if recipe.engine.recompute:
-            keep_no_heap()
+            keep_heap(False)
         student = build_student(recipe)
         student.backbone.recompute = recipe.engine.recompute
         self.depth = len(student.backbone.blocks)
