@@ -16,6 +16,7 @@ from gristmill.shards.quarantine import Quarantine
 from gristmill.shards.retry import RetryPolicy, StorageError
 
 from ..faulty_http import FaultyServer
+from ..shards.cached import taken
 from .pictures import CONFIG, PER_SHARD, PICTURES, SHARDS, N, assert_equal, collect, load, ours, part, write_data
 
 QUICK = RetryPolicy(deadline=20.0, first_pause=0.005, longest_pause=0.05, stall_timeout=2.0)
@@ -179,8 +180,7 @@ def test_a_cache_too_small_for_all_stays_within_its_budget(manifest, remote, tmp
     keys, most = list(got.keys), 0
     for start in range(4, N, 4):
         keys += reader.read(np.arange(start, start + 4)).keys
-        sizes = [path.stat().st_size for path in cache.folder.iterdir() if path.suffix in (".shard", ".partial")]
-        most = max(most, sum(sizes))
+        most = max(most, taken(cache.folder))
     assert keys == expected.keys
     assert most <= budget
     local.close()
