@@ -16,7 +16,8 @@ from .errors import GristmillError
 
 SCHEMES = ("file", "http", "https", "s3")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(?=:)")
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S*")  # quotes too: passwords have been seen to hold them
+# Quotes too: passwords have been seen to hold them. A word is looked at once, however long it is.
+_URL = re.compile(r"(?<![A-Za-z0-9+.-])[A-Za-z0-9+.-]*+://\S*")
 _SAFE = "%/:@!$&'()*+,;=~-._"
 
 

@@ -5,7 +5,8 @@
 Each way has a process of its own. SETTINGS is JSON: batch, crops, globals, dim, features, queue, prototypes, neighbours,
 seconds (spent on each), threads, and for growth the lists queues, prototype_counts, crop_counts. Every form is forward and
 backward on noise of the step's sizes. Memory is what one call adds at its peak to what the process held before it
-(VmHWM, set back by the kernel's clear_refs, less VmRSS; freed pages are given back before).
+(VmHWM, set back by the kernel's clear_refs, less VmRSS; freed pages are given back before). Otherwise both ways keep them, as a
+training does (../heap.py).
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...models.heads import WeightNormLinear
 from ...models.neighbours import search
 from ...models.vit import build_backbone
 from ...objectives.contrast import info_nce, info_nce_reference
 from ...objectives.prototypes import group_cross_entropy_reference, streamed_cross_entropy
+from ..heap import keep_heap
 from .meter import memory
 
 Form = Callable[[], object]
@@ -91,13 +93,17 @@ def neighbours(fast: bool, s: dict[str, Any]) -> Form:
 
 
 def block(fast: bool, s: dict[str, Any]) -> Form:
-    """Four ViT blocks over the global crops: ours, which forgets what is cheap to make again, or timm's with plain attention."""
+    """Four ViT blocks over the global crops: ours, which forgets what is cheap to make again, or timm's with plain attention
+    and torch's layers."""
     vit = build_backbone("vit_small_patch16_224", embed_dim=s["features"], num_heads=s["features"] // 64, depth=4)
     if not fast:
         ours: Any
         for ours in vit.blocks:
             ours.forward = Block.forward.__get__(ours)
             ours.attn.fused_attn = False
+            for part in ours.modules():
+                if isinstance(part, nn.Linear):
+                    part.__class__ = nn.Linear
     x = torch.randn(s["globals"] * s["batch"], 197, s["features"]).requires_grad_()
 
     def run() -> None:
@@ -186,5 +192,6 @@ if __name__ == "__main__":
     torch.set_num_threads(given["threads"])
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
+    keep_heap(True)
     answer = (forms if what == "forms" else growth)(way == "fast", given)
     sys.stdout.write(f"\n{json.dumps(answer)}\n")

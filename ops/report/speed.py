@@ -11,19 +11,12 @@ from html import escape
 
 import numpy as np
 
+from ..pace import duration
 from .attempts import Attempt, read_attempts
 from .bars import stacked_bars
 from .charts import line_chart, percent, short
 from .curves import title
 from .folder import Curve, RunFolder
-
-
-def duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds / 3600:.1f} h"
 
 
 def phases(run: RunFolder) -> dict[str, Curve]:

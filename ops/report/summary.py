@@ -7,12 +7,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ..pace import duration
 from . import probes
 from .attempts import read_attempts
 from .charts import percent, short
 from .data import about, sources
 from .folder import RunFolder
-from .speed import duration, phases, rate, stepping
+from .speed import phases, rate, stepping
 
 
 def lead(run: RunFolder) -> str:

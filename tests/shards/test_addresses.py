@@ -82,6 +82,9 @@ def test_what_is_shown_can_be_recognised():
     # This might be a user h with a password that was not encoded.
     assert redact("http://h:8080/img@2x/a.tar") == "http://...@2x/a.tar"
     assert redact("/data/a.tar") == "/data/a.tar"
+    assert redact(f"9http://me:{CANARY}@h/a (s3://h/b#c)") == "9http://h/a (s3://h/b"
+    assert redact(f"://me:{CANARY}@h/a") == "://h/a"
+    assert redact("http" * 250_000) == "http" * 250_000  # at once: a look from each of its letters would take an hour
 
 
 def test_retry_after_in_both_forms():
