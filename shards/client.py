@@ -65,9 +65,11 @@ class Client:
         finally:
             refused = answer is not None and answer.status in (429, 503)
             wanted = retry_after_seconds(answer.headers["Retry-After"]) if refused and answer is not None else None
-            throttle.leave(entered, throttled=refused, ok=answer is not None and answer.ok, retry_after=wanted)
-            if answer is not None:
-                self._put_back(address, answer)
+            try:
+                if answer is not None:
+                    self._put_back(address, answer)  # first: whoever is let in next may want the connection
+            finally:
+                throttle.leave(entered, throttled=refused, ok=answer is not None and answer.ok, retry_after=wanted)
 
     def _put_back(self, address: Address, answer: Answer) -> None:
         if not answer.reusable:

@@ -62,9 +62,11 @@ def left_in_shared_memory(before: Iterable[str]) -> list[str]:
     if not new:
         return []
     held: set[str] = set()
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
-        with suppress(OSError):  # closed just now, or somebody else's
-            held.add(os.readlink(link))
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # ended just now, or somebody else's
+            for link in os.scandir(process / "fd"):
+                with suppress(OSError):  # closed just now
+                    held.add(os.readlink(link))
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with suppress(OSError):
             held |= {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines() if str(SHARED) in line}

@@ -21,6 +21,8 @@ SIGNALS = {
     "term": signal.SIGTERM, "usr1": signal.SIGUSR1, "kill": signal.SIGKILL, "stop": signal.SIGSTOP, "int": signal.SIGINT,
 }  # fmt: skip
 
+PATIENCE = 200.0  # seconds
+
 
 class UnreadableError(GristmillError):
     """What a disk that went away is to a rank."""
@@ -36,6 +38,24 @@ def at_image(at: int, act: Callable[[], object]) -> None:
         return forward(self, batch, part)
 
     Run.forward = wrapped
+
+
+def stand_until(*numbers: int, asked: Callable[[], object]) -> None:
+    """Call `asked`, and wait until one of these signals has come; the loop's own handlers hear of it as well."""
+    came: list[int] = []
+    for number in numbers:
+        before = signal.getsignal(number)
+        assert callable(before)
+
+        def hear(got: int, frame: object, before=before) -> None:
+            before(got, frame)  # pyright: ignore[reportArgumentType]
+            came.append(got)
+
+        signal.signal(number, hear)
+    asked()
+    until = time.monotonic() + PATIENCE
+    while not came and time.monotonic() < until:
+        time.sleep(0.02)
 
 
 def signalled(name: str, at: int, times: int = 1, pause: float = 0.0) -> None:
@@ -64,8 +84,12 @@ def elsewhere() -> None:
 
 
 def launcher_signalled(name: str, at: int) -> None:
-    """Whoever started this rank (ferry.py) gets a signal."""
-    at_image(at, lambda: os.kill(int(os.environ["LAUNCHER"]), SIGNALS[name]))
+    """Whoever started this rank (ferry.py) gets a signal, and this step waits until it has been passed on to the rank."""
+
+    def stand() -> None:
+        stand_until(SIGNALS[name], asked=lambda: os.kill(int(os.environ["LAUNCHER"]), SIGNALS[name]))
+
+    at_image(at, stand)
 
 
 def removed(path: str, at: int) -> None:

@@ -167,7 +167,7 @@ class Cases:
         except GristmillError as error:
             ended = str(error)
         for thread in set(threading.enumerate()) - before:
-            thread.join(5.0)
+            thread.join(60.0)
         left = sum(thread.is_alive() for thread in set(threading.enumerate()) - before)
         return {"ended": ended, "restored": faults.restored, "threads": left, "seconds": time.perf_counter() - start}
 

@@ -36,6 +36,8 @@ SwitchType=switch/none
 MpiDefault=none
 ReturnToService=2
 KillWait=10
+MessageTimeout=100
+BatchStartTimeout=200
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=batch_sched_delay=0,sched_interval=1

@@ -97,7 +97,7 @@ def test_a_rank_that_ends_by_its_own_error_is_not_called_lost(case: Case):
 
 
 def test_a_stopped_rank_is_named_with_its_stack(case: Case, straight: Case):
-    stop = {"what": "signalled", "name": "stop", "at": 40, "rank": 1, "pause": 2.0}
+    stop = {"what": "signalled", "name": "stop", "at": 40, "rank": 1, "pause": 4.0}
     group = case.run("watchdog=6", faults=(stop,), only=[0], seconds=120)
     try:
         assert group.codes == [76, None], group.errors
