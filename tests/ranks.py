@@ -7,7 +7,7 @@ from typing import Any
 
 def run_ranks(world: int, work: Callable[[int, Callable[[list[float]], list[float]]], Any]) -> list[Any]:
     """`work(rank, total)` on every rank at once; returns their results, an exception being a result, too."""
-    barrier = threading.Barrier(world, timeout=20)
+    barrier = threading.Barrier(world, timeout=120)
     given: list[list[float]] = [[] for _ in range(world)]
     results: list[Any] = [None] * world
 

@@ -138,7 +138,7 @@ def test_crops_that_agree_foretell_each_other() -> None:
 
 def on_ranks(world: int, work: Callable[[int, Callable[[Tensor], Tensor]], Any]) -> list[Any]:
     """Run `work(rank, gather)` in a thread a rank; gather concatenates what all of them bring, in rank order."""
-    barrier, slots, results = threading.Barrier(world, timeout=20), [Tensor()] * world, [None] * world
+    barrier, slots, results = threading.Barrier(world, timeout=120), [Tensor()] * world, [None] * world
 
     def run(rank: int) -> None:
         def gather(rows: Tensor) -> Tensor:

@@ -19,9 +19,11 @@ WORLD = {"stopped": 3, "asleep": 3, "first": 3, "healthy": 2, "alone": 1}
 STOPS = {"stopped": 2, "first": 0}  # the rank that stops itself; under torchrun the last
 
 
-def lingering_here() -> None:
-    """Stand here long enough to be seen, then stop as a debugger or a scheduler stops a process."""
-    time.sleep(4 * INTERVAL)
+def lingering_here(dog: Watchdog) -> None:
+    """Stand here until seen, then stop as a debugger or a scheduler stops a process."""
+    heard = dog._answers
+    while dog._answers < heard + 4:  # two rounds leave this place in the store, two more give others time to read it
+        time.sleep(INTERVAL / 10)
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
@@ -73,7 +75,7 @@ def run(folder: Path, case: str) -> None:
         step(dog, position, world)
     dog.at("data_wait", 5)
     if rank == (world - 1 if case == "stopped" else STOPS.get(case)):
-        lingering_here()
+        lingering_here(dog)
     elif case == "alone" or (case == "asleep" and rank == 1):
         dozing_here()
     step(dog, 5, world)

@@ -79,7 +79,8 @@ class Terminal:
         return True
 
     def sees(self, *words: str) -> str:
-        return self.until(lambda: all(word in str(self.screen) for word in words))
+        """Once all words are there and the screen is at rest: a read may end inside a frame, above the rows that follow."""
+        return self.until(lambda: not self.read(0.1) and all(word in str(self.screen) for word in words))
 
     def held(self) -> str:
         return self.until(self._there.exists)
@@ -97,7 +98,7 @@ class Terminal:
     def finish(self) -> int:
         """Its exit code, with all that it said on the screen."""
         self.until(lambda: self.process.poll() is not None)
-        while self.read(0.0):
+        while self.read(0.2):  # the kernel may still be passing on what was written last
             pass
         self.hang_up()
         return self.process.join()

@@ -66,6 +66,7 @@ def test_a_silent_prometheus_is_said_and_history_shown() -> None:
     with answering() as (url, _):
         pages, _ = board(metrics.registry, run="alone", world=4, prometheus=url)
         made: Any = pages["board.json"].__self__  # pyright: ignore[reportFunctionMemberAccess]
+        now = time.time()
         for ago in (20, 15, 10, 5, 0):
             busy = {
                 "loader/read_seconds": 20.0 - ago,
@@ -73,7 +74,7 @@ def test_a_silent_prometheus_is_said_and_history_shown() -> None:
                 "loader/starved_seconds": 20.0 - ago,
             }
             metrics.observe(busy)
-            made.history.sample(time.time() - ago)
+            made.history.sample(now - ago)
         answer = json.loads(made.answer("overview", 300))
     assert "does not answer" in answer["note"]
     assert answer["source"] == "from this process's own history"
@@ -111,7 +112,7 @@ def test_one_that_answered_a_part_of_a_page_is_asked_again() -> None:
 def test_the_deadline_is_for_the_whole_answer() -> None:
     """A byte now and then keeps no question alive."""
     with answering(DRIP) as (url, asked), pytest.raises(PrometheusError, match="timed out"):
-        question(Prometheus(url, "run", SCOPE), time.monotonic() + 0.3)
+        question(Prometheus(url, "run", SCOPE), time.monotonic() + 1.0)
     assert len(asked) == 1
 
 

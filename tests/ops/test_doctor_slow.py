@@ -1,7 +1,6 @@
 """Checks that import much, each once for real: DALI, compiled loops, two processes over gloo, two ranks of a group."""
 
 import json
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from gristmill.ops.doctor.loops import check_loops
 from gristmill.ops.doctor.runner import CHECKS, run
 
 from ..disks import small_disk
+from ..servers import kept_ports
 from ..workers import Workers
 
 RANK = """
@@ -22,7 +22,7 @@ os.environ.update(environment)
 from gristmill.ops.doctor import group
 if lost:
     from gristmill.ops.launch_place import environment as place_of
-    group._meet(place_of(os.environ), 20.0)
+    group._meet(place_of(os.environ), 120.0)
     os._exit(0)
 group.GRACE = grace
 from gristmill.ops.cli import main
@@ -59,29 +59,25 @@ def test_loops_that_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "NUMBA_CACHE_DIR" in found.remedy
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
 TIMEOUT = 120  # seconds in which all ranks have started and meet, however busy the machine is
 
 
 def start(workers: Workers, folder: Path, world: int, lost: int = -1, grace: float = 30.0, outs: tuple[str, ...] = ()):
-    port, ranks = free_port(), []
-    for rank in range(world):
-        environment = {
-            "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
-        arguments = ["doctor", "--json", "--timeout", str(TIMEOUT)]
-        for name in ("memory", "port", "open files"):
-            arguments += ["--only", name]
-        if outs:
-            arguments += ["--out", str(folder / outs[rank])]
-        values = {"environment": environment, "lost": rank == lost, "grace": grace, "arguments": arguments}
-        ranks.append(workers.start(RANK, **values))
-    codes = [rank.poll(wait=True) for rank in ranks]
+    ranks = []
+    with kept_ports(1) as [port]:
+        for rank in range(world):
+            environment = {
+                "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1",
+            }  # fmt: skip
+            arguments = ["doctor", "--json", "--timeout", str(TIMEOUT)]
+            for name in ("memory", "port", "open files"):
+                arguments += ["--only", name]
+            if outs:
+                arguments += ["--out", str(folder / outs[rank])]
+            values = {"environment": environment, "lost": rank == lost, "grace": grace, "arguments": arguments}
+            ranks.append(workers.start(RANK, **values))
+        codes = [rank.poll(wait=True) for rank in ranks]
     return codes, [rank.output() for rank in ranks]
 
 

@@ -41,19 +41,19 @@ def anonymous(pid: int) -> int:
     return 1024 * int(found[1]) if found else 0
 
 
-def peak_until(process: subprocess.Popen[str], word: str) -> int:
-    """The most that it had at any look until it says the word; it is let go on then."""
+def peak_until(process: subprocess.Popen[str], word: str) -> tuple[int, int]:
+    """(the most that it had at any look until it says the word, what it had then); it is let go on after that."""
     import select
 
     said, most = cast(IO[str], process.stdout), 0
     while not select.select([said], [], [], 0.001)[0]:
         most = max(most, anonymous(process.pid))
     assert said.readline().strip() == word
-    most = max(most, anonymous(process.pid))
+    now = anonymous(process.pid)
     told = cast(IO[str], process.stdin)
     told.write("\n")
     told.flush()
-    return most
+    return max(most, now), now
 
 
 def test_no_more_than_a_few_tensors(tmp_path: Path):
@@ -67,10 +67,9 @@ def test_no_more_than_a_few_tensors(tmp_path: Path):
     pipe = subprocess.PIPE
     with subprocess.Popen([str(each) for each in command], stdin=pipe, stdout=pipe, text=True) as process:
         try:
-            peak_until(process, "begin")
-            before = anonymous(process.pid)
-            exporting = peak_until(process, "exported") - before
-            whole = peak_until(process, "whole") - before
+            _, before = peak_until(process, "begin")
+            exporting = peak_until(process, "exported")[0] - before
+            whole = peak_until(process, "whole")[0] - before
         except BaseException:
             process.kill()
             raise

@@ -43,12 +43,13 @@ def test_close_frees_the_port_and_ends_the_thread_whatever_clients_do(metrics: M
 
 
 def test_hanging_clients_cannot_lock_others_out(exporter: Exporter):
+    before = threading.active_count()
     hanging = [connect(exporter) for _ in range(CONNECTIONS * 3)]
     for client in hanging:
         client.sendall(b"GET /metrics HTTP/1.1\r\nX: ")
     assert get(exporter, "/metrics")[0] == "HTTP/1.1 200 OK"
     assert len(exporter._open) <= CONNECTIONS
-    assert threading.active_count() < 10
+    assert threading.active_count() <= before + 2
     for client in hanging:
         client.close()
 
@@ -84,7 +85,7 @@ def test_a_hanging_client_is_dropped_at_the_deadline(metrics: Metrics, monkeypat
 
 
 def test_a_client_that_does_not_take_its_answer_is_dropped(metrics: Metrics, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "DEADLINE", 0.2)
+    monkeypatch.setattr(module, "DEADLINE", 1.0)  # of the request, too
     monkeypatch.setattr(module, "generate_latest", lambda registry: b"x" * (64 << 20))
     with Exporter(metrics.registry, 0) as exporter, connect(exporter) as client:
         client.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")

@@ -4,7 +4,6 @@ Places by launcher, copied from real ones: tests/distributed/test_launch.py.
 """
 
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ from gristmill.ops.launch_place import LaunchError, environment
 from gristmill.ops.lost import _short
 from torch.distributed.distributed_c10d import _world
 
+from ..servers import kept_ports
 from ..waiting import wait_for
 
 TORCHRUN = {
@@ -106,11 +106,6 @@ def test_a_pods_name_may_come_late(monkeypatch: pytest.MonkeyPatch, caplog: pyte
 
 def test_every_attempt_has_a_corner_of_its_own(monkeypatch: pytest.MonkeyPatch):
     """torchrun keeps one store over its restarts on one node; over several nodes their counts are not the same."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    about = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    for name, value in about.items():
-        monkeypatch.setenv(name, value)
 
     def there(nodes: int, attempt: int, corner: str) -> bool:
         monkeypatch.setenv("GROUP_WORLD_SIZE", str(nodes))
@@ -123,8 +118,12 @@ def test_every_attempt_has_a_corner_of_its_own(monkeypatch: pytest.MonkeyPatch):
         return found
 
     stores = []
-    assert [there(1, 0, "a"), there(1, 0, "a"), there(1, 1, "a"), there(1, 0, "b")] == [False, True, False, False]
-    assert [there(2, 5, "c"), there(2, 7, "c")] == [False, True]
+    with kept_ports(1) as [port]:
+        about = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        for name, value in about.items():
+            monkeypatch.setenv(name, value)
+        assert [there(1, 0, "a"), there(1, 0, "a"), there(1, 1, "a"), there(1, 0, "b")] == [False, True, False, False]
+        assert [there(2, 5, "c"), there(2, 7, "c")] == [False, True]
 
 
 def test_collectives_wait_as_long_as_the_watchdog_lets_them():

@@ -2,12 +2,9 @@
 
 import json
 import re
-import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,9 +14,11 @@ import yaml
 from gristmill.ops import monitor
 from gristmill.ops.monitor.alerts import ALERTS
 
+from ..servers import DIRECT, program
+
 ROUTES = Path(monitor.__file__).parent / "rules" / "alertmanager.yml"
 BY_NAME = {alert.name: alert for alert in ALERTS}
-PATIENCE = 60.0  # seconds until a program that was started answers
+PATIENCE = 60.0  # seconds until all alerts have gone through the program
 
 
 def test_only_alerts_are_masked_and_no_warning_hides_a_page():
@@ -79,9 +78,10 @@ def test_of_a_cause_and_what_follows_from_it_only_the_cause_is_active(tmp_path: 
     posted += [_alert(name, "dead") for name in (*dead, "GristmillStarvedByStorage", "GristmillCheckpointOverdue")]
     wanted = {(f"{alert.name} masks {effect}", alert.name) for alert in ALERTS for effect in alert.masks}
     wanted |= {(f"{alert.name} alone", alert.name) for alert in ALERTS} | {("dead", "GristmillRanksMissing")}
-    with _alertmanager(tmp_path) as address:
-        _ask(address, "/api/v2/alerts", posted)
-        told = _settled(address, wanted)
+    # Its first notification waits for longer than this test takes.
+    with program(tmp_path, "prometheus-alertmanager", ROUTES, "--cluster.listen-address=") as url:
+        _ask(url, posted)
+        told = _settled(url, wanted)
     assert _active(told) == wanted
     assert len(told) == len(posted)
     assert all(status["inhibitedBy"] for status in told.values() if status["state"] != "active")
@@ -99,56 +99,23 @@ def _active(told: Told) -> set[tuple[str, str]]:
     return {about for about, status in told.items() if status["state"] == "active"}
 
 
-def _settled(address: str, wanted: set[tuple[str, str]]) -> Told:
+def _settled(url: str, wanted: set[tuple[str, str]]) -> Told:
     """What became of all alerts, once it is as wanted, or when patience ends: they go through the program one by one."""
     until = time.monotonic() + PATIENCE
     while True:
-        found = _ask(address, "/api/v2/alerts")
+        found = _ask(url)
         told = {(one["labels"]["run"], one["labels"]["alertname"]): one["status"] for one in found}
         if _active(told) == wanted or time.monotonic() > until:
             return told
         time.sleep(0.1)
 
 
-def _ask(address: str, path: str, body: Any = None) -> Any:
+def _ask(url: str, body: Any = None) -> Any:
     request = urllib.request.Request(
-        f"http://{address}{path}",
+        f"{url}/api/v2/alerts",
         data=None if body is None else json.dumps(body).encode(),
         headers={"Content-Type": "application/json"},
     )
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30) as answer:
+    with DIRECT.open(request, timeout=30) as answer:
         text = answer.read()
     return json.loads(text) if text and body is None else None
-
-
-@contextmanager
-def _alertmanager(folder: Path) -> Iterator[str]:
-    """The program with the committed routes; its first notification waits for longer than this test takes."""
-    said = folder / "said"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    flags = [f"--config.file={ROUTES}", f"--storage.path={folder / 'data'}", f"--web.listen-address={address}"]
-    with said.open("w") as log:
-        process = subprocess.Popen(
-            ["prometheus-alertmanager", *flags, "--cluster.listen-address=", "--log.level=error"],
-            stdout=log, stderr=log,
-        )  # fmt: skip
-    try:
-        until = time.monotonic() + PATIENCE
-        while not _answers(address):
-            assert process.poll() is None, said.read_text()
-            assert time.monotonic() < until, said.read_text()
-            time.sleep(0.05)
-        yield address
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
-
-
-def _answers(address: str) -> bool:
-    try:
-        _ask(address, "/api/v2/status")
-    except OSError:
-        return False
-    return True

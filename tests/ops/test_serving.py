@@ -15,7 +15,6 @@ import pytest
 from gristmill.ops.bench.endings import tiny_data
 from gristmill.ops.monitor import client, serving
 from gristmill.ops.monitor.metrics import Metrics
-from gristmill.ops.monitor.ports import PORT
 from gristmill.ops.monitor.serving import Serving, serve
 from gristmill.ops.monitor.targets import Target
 from gristmill.ops.recipe import MetricsConfig
@@ -118,15 +117,14 @@ def test_a_taken_port_is_replaced_told_and_taken_when_it_is_left(
     socket.create_server(("127.0.0.1", port)).close()  # free again
 
 
-def test_the_usual_port_is_replaced_without_alarm(metrics: Metrics, tmp_path: Path):
-    blocker = None
-    with suppress(OSError):  # or somebody else has it already
-        blocker = socket.create_server(("127.0.0.1", PORT))
-    with served(metrics, tmp_path, port=PORT) as (made, told):
-        assert told.startswith(f"port {PORT}, ")
+def test_the_usual_port_is_replaced_without_alarm(
+    metrics: Metrics, tmp_path: Path, taken: socket.socket, monkeypatch: pytest.MonkeyPatch
+):
+    port = taken.getsockname()[1]
+    monkeypatch.setattr(serving, "PORT", port)  # the real one may be taken and left by anybody meanwhile
+    with served(metrics, tmp_path, port=port) as (made, told):
+        assert told.startswith(f"port {port}, ")
         assert loss_at(made.url)
-    if blocker:
-        blocker.close()
 
 
 def test_each_rank_of_a_node_has_its_own_port(

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from gristmill.shards.demo import make_demo_images
 from gristmill.shards.ingest import ingest_folder
 
 from ..command import FORK, MINUTES
+from ..servers import kept_ports
 from ..workers import Worker, Workers
 
 HELD = 160  # the image before which both stand
@@ -52,10 +52,9 @@ def test_two_ranks_that_train_and_one_that_hangs(workers: Workers, tmp_path: Pat
     make_demo_images(tmp_path / "images", images=96, size=32, instances=3)
     ingest_folder(tmp_path / "images", tmp_path / "data", shard_samples=25)
     folder = tmp_path / "run"
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    ranks = [start(workers, folder, tmp_path / "data" / "train", rank, port) for rank in range(2)]
-    until(lambda: all(folder.with_suffix(f".there{rank}").exists() for rank in range(2)), *ranks)
+    with kept_ports(1) as [port]:
+        ranks = [start(workers, folder, tmp_path / "data" / "train", rank, port) for rank in range(2)]
+        until(lambda: all(folder.with_suffix(f".there{rank}").exists() for rank in range(2)), *ranks)
 
     code, run = answer(capsys, folder)
     assert (code, run["run"], run["facts"]["recipe"], run["state"]) == (0, "run", "demo", "training")

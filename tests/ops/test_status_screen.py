@@ -133,7 +133,8 @@ def test_the_live_view_follows_and_ends_with_the_run(two: Two):
     console = Console(file=page, width=160, height=100, force_terminal=True, highlight=False)
     codes: list[int] = []
     view = View([str(folder)])
-    thread = threading.Thread(target=lambda: codes.append(watch(view, console, 0.05, 1.0)))
+    # Its patience is longer than a look that is given up.
+    thread = threading.Thread(target=lambda: codes.append(watch(view, console, 0.05, 5.0)))
     thread.start()
     processes[0].say("gristmill_mixture_loss", 1.75)
     until(lambda: "1.75" in page.getvalue())

@@ -38,6 +38,7 @@ def killed(data: Path, workers: Workers, tmp_path_factory: pytest.TempPathFactor
     """A run with both, killed with -9 between two checkpoints, and finished by the same command."""
     root = tmp_path_factory.mktemp("killed")
     more = ("log.tensorboard=true", "log.wandb={project: mills, mode: offline}", "log.crops=true")
+    more += ("checkpoint.asynchronous=false",)  # beside training, a slow disk may hold it up beyond the kill
     given = command(data, root / "run", *more)
     Command(root, given, workers, hold=56).kill()
     code, _, err = Command(root, given, workers).finish()

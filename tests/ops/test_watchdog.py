@@ -4,7 +4,6 @@ import gc
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -18,12 +17,13 @@ import pytest
 from gristmill.ops.watchdog import STALLED, Awake, Watchdog, WatchdogError
 from torch._C._distributed_c10d import HashStore, TCPStore
 
+from ..servers import kept_ports
 from ..workers import Worker, Workers
 from .standstill import STOPS, WORLD
 
 Groups = dict[str, list[Worker]]
 SCRIPT = Path(__file__).with_name("standstill.py")
-LIMIT = 60  # seconds after which a launch is given up; nothing here is meant to come near it
+LIMIT = 240  # seconds after which a launch is given up; nothing here is meant to come near it
 
 
 def until(true: Callable[[], object], what: str) -> None:
@@ -37,7 +37,7 @@ def state(pid: int) -> str:
     """The kernel's letter for a process: T stopped, Z ended and not yet collected; empty once it is gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the second where it is collected between opening and reading
         return ""
 
 
@@ -69,18 +69,16 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, s
     command = [sys.executable, *under, str(SCRIPT), str(folder / "torchrun"), "stopped"]
     with (folder / "torchrun.out").open("w") as out:
         launch = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, text=True)
-    with Workers(IMPORTS) as workers:
-        groups = {case: fork(workers, folder, case, world) for case, world in WORLD.items()}
+    with Workers(IMPORTS) as workers, kept_ports(len(WORLD)) as ports:
+        groups = {case: fork(workers, folder, case, port) for case, port in zip(WORLD, ports, strict=True)}
         yield folder, launch, groups
     launch.terminate()
     launch.wait()
 
 
-def fork(workers: Workers, folder: Path, case: str, world: int) -> list[Worker]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(world)}
-    environments = [group | {"RANK": str(rank)} for rank in range(world)]
+def fork(workers: Workers, folder: Path, case: str, port: int) -> list[Worker]:
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(WORLD[case])}
+    environments = [group | {"RANK": str(rank)} for rank in range(WORLD[case])]
     return [workers.start(RANK, folder=str(folder), case=case, environment=e, limit=LIMIT) for e in environments]
 
 
@@ -234,6 +232,8 @@ def kennel(world: int, deadline: float = 0.4) -> Iterator[Kennel]:
     finally:
         for dog in group.dogs.values():
             dog.close()
+            for thread in dog._threads:
+                thread.join(LIMIT)  # `close` gives up after seconds
             assert not any(thread.is_alive() for thread in dog._threads)
 
 

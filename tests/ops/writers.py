@@ -47,7 +47,7 @@ def step(writers: list[Writer]) -> list[Settled | None]:
 
 def steps(writers: list[Writer]) -> list[Settled]:
     """Steps until the write is settled, on all ranks at the same one."""
-    until = time.monotonic() + 30
+    until = time.monotonic() + 120
     while time.monotonic() < until:
         settled = step(writers)
         if any(settled):
@@ -69,5 +69,5 @@ class Gated(LocalStore):
         self.gate = threading.Event()
 
     def put(self, position: int, name: str, chunks: Iterable[memoryview]) -> tuple[str, int]:
-        assert self.gate.wait(30)
+        assert self.gate.wait(120)
         return super().put(position, name, chunks)
