@@ -28,7 +28,7 @@ from .streams import SLOTS, Oracle, Slot, dali, load, plain, take, write_set
 from .table import Row, documented, render
 
 _rows: list[tuple[int, Row]] = []
-QUICK = {"first_pause": 0.005, "longest_pause": 0.05, "connect_timeout": 1.0, "stall_timeout": 0.5}
+QUICK = {"first_pause": 0.005, "longest_pause": 0.05, "connect_timeout": 1.0, "stall_timeout": 5.0}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -87,6 +87,7 @@ def _nothing_left(
 ) -> Iterator[None]:
     """No thread, descriptor, lock or temporary file stays. Pauses between tries are set short here, else as always."""
     monkeypatch.setattr(loader_module, "RetryPolicy", partial(RetryPolicy, **QUICK))
+    monkeypatch.setattr("gristmill.pipeline.reader._PATIENCE", 60.0)  # a thread that is only slow is not left behind
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))

@@ -15,6 +15,7 @@ from gristmill.shards.objects import _credentials
 from gristmill.shards.quarantine import Quarantine
 
 from ..servers import WEED_MISSING, Server, find_weed, weed_server
+from ..waiting import wait_for
 from .served import TARS, cached, client_stats, mirrored
 from .streams import SLOTS, N, hold, load, take, write_set
 
@@ -54,11 +55,19 @@ def remote(weed: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def start_again(weed: Server) -> subprocess.Popen[bytes]:
     """The same server, on its old ports and data. Alone in its cluster, it need not wait long for others to vote."""
     command = [*weed.process.args, "-master.electionTimeout=1s"]  # pyright: ignore[reportGeneralTypeIssues]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    place = next(one for one in command if one.startswith("-dir=")).removeprefix("-dir=")
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=place)
 
 
 def tries(loader: Loader) -> int:
     return sum(client_stats(loader).retries.values())
+
+
+def needs_no_server(loader: Loader) -> bool:
+    """All shards are in the cache, and no range is being read ahead."""
+    prefetcher, full = loader.reader._fetcher.prefetcher, (loader._encoded.capacity, loader._ready.capacity)
+    assert prefetcher is not None
+    return prefetcher.stats.fetched == len(TARS) and (loader._encoded.depth, loader._ready.depth) == full
 
 
 @pytest.mark.fault("S3 server killed in mid-epoch, gone and back", varies=True)
@@ -84,8 +93,7 @@ def test_gone_and_back(tmp_path, undisturbed, weed, remote, fault):
         fault.add(hold(got, plain.slots, plain.oracle), 1, failed_tries=failed)
         with load(remote, quarantine, config=cached(tmp_path / "cache", 1 << 20)) as loader:
             got = take(loader, N // 2)
-            while len(list((tmp_path / "cache").glob("*.shard"))) < len(TARS):
-                time.sleep(0.01)
+            wait_for(lambda: needs_no_server(loader), 60, every=0.01)
             back.kill()
             back.wait()
             got += take(loader, SLOTS - N // 2)

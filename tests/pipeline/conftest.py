@@ -7,7 +7,8 @@ from .pictures import ours, write_data
 
 
 @pytest.fixture(autouse=True)
-def _no_leaked_threads():
+def _no_leaked_threads(monkeypatch):
+    monkeypatch.setattr("gristmill.pipeline.reader._PATIENCE", 60.0)  # a thread that is only slow is not left behind
     assert not ours()
     yield
     assert not ours()

@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from gristmill.pipeline.stats import Stats, bottleneck
 from gristmill.shards.retry import Stopped
 from hypothesis import given
 from hypothesis import strategies as st
+
+from ..waiting import wait_for
 
 
 def test_a_buffer_never_holds_more_than_it_may():
@@ -55,8 +58,16 @@ def test_waits_are_booked_on_the_side_that_waits():
     assert buffer.first(0.05) is None
     assert buffer.starved >= 0.04
     buffer.put(0, 1)
-    threading.Timer(0.05, buffer.pop).start()
+
+    def pop_late():
+        wait_for(lambda: buffer._changed._waiters, 60, every=0.001)  # pyright: ignore[reportAttributeAccessIssue]
+        time.sleep(0.05)
+        buffer.pop()
+
+    popping = threading.Thread(target=pop_late)
+    popping.start()
     assert buffer.turn() == 0
+    popping.join(60)
     assert buffer.blocked >= 0.04
     assert buffer.dwell >= 0.04
 

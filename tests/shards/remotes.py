@@ -9,7 +9,7 @@ from gristmill.shards.retry import RetryPolicy
 from ..faulty_http import FaultyServer
 
 DATA = bytes(range(256)) * 2000  # 512,000 bytes
-QUICK = RetryPolicy(deadline=20.0, first_pause=0.005, longest_pause=0.05, stall_timeout=0.3, min_rate=1e6)
+QUICK = RetryPolicy(deadline=20.0, first_pause=0.005, longest_pause=0.05, stall_timeout=3.0, min_rate=1e6)
 
 
 def blob_of(server: FaultyServer, path: str = "/a.tar", **limits: float) -> HttpBlob:

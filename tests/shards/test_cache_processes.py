@@ -26,7 +26,7 @@ IMPORTS = """
     from gristmill.shards.retry import RetryPolicy
 
     def begin(folder, budget):
-        client = Client(RetryPolicy(deadline=20, first_pause=.005, longest_pause=.05, stall_timeout=2))
+        client = Client(RetryPolicy(deadline=20, first_pause=.005, longest_pause=.05, stall_timeout=60))
         return Cache(folder, budget, float), lambda number: HttpBlob(f"{url}/{number}.tar", client)
 """
 
@@ -93,9 +93,9 @@ def test_what_another_process_uses_stays_and_is_free_when_it_is_killed(
         lease = cache.fetch("9", blob(9))
         child = os.fork()  # a child that lives on must not keep what its parent held
         if child == 0:
+            print(os.getpid(), flush=True)  # it has let go by now
             time.sleep(60)
             os._exit(0)
-        print(child, flush=True)
         time.sleep(60)
     """
     cache, client = cache_at(tmp_path, 1), Client(QUICK)
@@ -126,6 +126,7 @@ def test_kills_at_any_moment_leave_a_cache_that_works(tmp_path: Path, server: Fa
     server.fault("drip", rate=2_000_000, times=100_000)
     budget = 3 * ENTRY
     values = {"folder": str(tmp_path), "budget": budget, "url": server.url("")}
+    cache_at(tmp_path)  # the first two may be killed before they have made its folder
     worked = 0
     for _ in range(12):
         pair = [workers.start(code, numbers=order, **values) for order in (list(range(8)), [5, 3, 1, 7])]

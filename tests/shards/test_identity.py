@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,6 +10,7 @@ from gristmill.shards.remote import HttpBlob, resumable
 from gristmill.shards.retry import ChangedError
 
 from ..faulty_http import FaultyServer
+from ..waiting import wait_for
 from .remotes import DATA, QUICK, blob_of
 
 
@@ -36,13 +36,11 @@ def test_a_replaced_object_is_seen_without_the_servers_help(server: FaultyServer
 
 def test_a_replacement_between_two_tries_is_seen(server: FaultyServer):
     server.fault("end", after=1000)
-    server.hold = 0.2
-    blob = blob_of(server, first_pause=0.5, longest_pause=1.0)
+    blob = blob_of(server, first_pause=2.0, longest_pause=2.0)
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(blob.read, 0, 50_000)
-        while not server.asked():
-            time.sleep(0.01)
-        time.sleep(0.3)  # the first try is over, the second not yet made
+        # A try is counted before the pause behind it: the first one is over, the second not yet made.
+        wait_for(lambda: blob.client.stats.retries, 60, every=0.01)
         server.put("/a.tar", DATA[::-1])
         with pytest.raises(ChangedError):
             reading.result()

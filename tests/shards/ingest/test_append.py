@@ -162,6 +162,7 @@ def test_workers_share_the_turns_at_a_host(tmp_path: Path, images: dict[str, byt
     with Web({name: Page(body=data) for name, data in images.items()}) as web:
         (tmp_path / "urls.txt").write_text("\n".join([web.url(name) for name in images] * 3))
         gate = web.gate = threading.Event()
+        web.hold = 0.005
 
         def open_once_several_wait() -> None:
             until = time.monotonic() + 30  # the workers start in seconds, or in many

@@ -162,9 +162,10 @@ def test_private_addresses_may_be_allowed(web: Web, other: Web, fetcher: Callabl
     assert found.data == FORM
 
 
-def test_the_connection_goes_to_the_address_that_was_checked(web: Web, fetcher: Callable[..., Fetcher]):
+def test_the_connection_goes_to_the_address_that_was_checked(fetcher: Callable[..., Fetcher], closed_port: int):
     """A resolver that answers otherwise the second time: on the same port, so that the wrong one would serve."""
-    with Web({"/a.jpg": IMAGE, "/b.jpg": IMAGE}, "127.0.0.1", web.port) as inner:
+    pages = {"/a.jpg": IMAGE, "/b.jpg": IMAGE}
+    with Web(pages, "127.0.0.1", closed_port) as inner, Web(pages, "127.0.0.2", closed_port) as web:
         answers = itertools.chain(["127.0.0.2"], itertools.repeat("127.0.0.1"))
         asked = []
 

@@ -50,16 +50,19 @@ def test_what_may_pass_is_tried_again(
 ):
     # aiohttp asks once more by itself where a connection was lost before the answer began.
     server.fault(times=8 if fault["kind"] == "hangup" else 2, path="/a.jpg", **fault)
-    one = fetcher(tries=2, stall_timeout=0.3, timeout=0.9)
-    failed, good = one.fetch(candidates(server.url("/a.jpg"), server.url("/b.jpg")))
+    # A good answer that is late counts as a try, too: so only where time is the matter it is short.
+    times = {"stall_timeout": 0.3, "timeout": 0.9} if outcome is Outcome.TIMED_OUT else {}
+    one = fetcher(tries=2, **times)
+    [failed] = one.fetch(candidates(server.url("/a.jpg")))
     assert failed.problem is not None
     assert failed.problem[0] is outcome
     assert failed.problem[1].endswith(f"{detail} (2 tries)")
-    assert good.data == FORM
     assert one.stats.retries == {outcome.value: 1}
+    [good] = one.fetch(candidates(server.url("/b.jpg")))
+    assert good.data == FORM
     server.heal()
     server.fault(times=1, **fault)
-    [again] = fetcher(stall_timeout=0.3, timeout=0.9, tries=9).fetch(candidates(server.url("/a.jpg")))
+    [again] = fetcher(tries=9, **times).fetch(candidates(server.url("/a.jpg")))
     assert again.data == BODY
     assert one.stats.odd == {}
 
@@ -203,7 +206,7 @@ def test_successes_in_between_keep_a_host(server: FaultyServer, fetcher: Callabl
         server.files[f"/bad{number}.jpg"] = BODY
         server.fault("slow_head", path=f"/bad{number}.jpg", rate=1.0)
     urls = [server.url(path) for number in range(6) for path in (f"/bad{number}.jpg", "/b.jpg")]
-    one = fetcher(give_up_after=2, tries=1, per_host=1, stall_timeout=0.1)
+    one = fetcher(give_up_after=2, tries=1, per_host=1, stall_timeout=0.5)
     found = list(one.fetch(candidates(*urls)))
     assert all(candidate.data == FORM for candidate in found[1::2])
     assert {candidate.problem[0] for candidate in found[::2] if candidate.problem} == {Outcome.TIMED_OUT}

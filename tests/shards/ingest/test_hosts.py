@@ -113,6 +113,7 @@ def test_all_processes_together_keep_to_the_limit(tmp_path: Path):
             return sum(one.data is not None for one in fetcher.fetch(candidates(*[web.url("/a")] * 40)))
 
     with Web({"/a": Page()}, "127.0.0.2") as web, ExitStack() as stack:
+        web.hold = 0.005
         found = [stack.enter_context(child(work))[1] for _ in range(3)]
         assert [os.read(out, 100) for out in found] == [b"40"] * 3
     assert web.peak <= 3
@@ -125,7 +126,8 @@ def test_one_process_keeps_to_its_limits():
         Web({"/a": Page()}, "127.0.0.3") as other,
         Fetcher(FetchConfig(per_host=4, in_flight=6), vetting=Vetting(allow_private=True)) as fetcher,
     ):
-        web.gate = other.gate = threading.Event()
+        web.gate, web.hold = threading.Event(), 0.005
+        other.gate, other.hold = web.gate, web.hold
         stream = fetcher.fetch(candidates(*(server.url("/a") for _ in range(50) for server in (web, other))))
         with meanwhile(lambda: web.busy + other.busy == 6, web.gate.set):
             assert all(one.data for one in stream)
@@ -189,11 +191,10 @@ def test_turns_come_in_order_and_are_not_lost_with_those_who_wait():
 
 def test_the_time_that_a_host_asked_for_holds_for_all_who_wait():
     async def play() -> None:
-        host = Host("a", 4, None)
+        host, loop = Host("a", 4, None), asyncio.get_running_loop()
         async with host.turn() as turn:
             turn.throttled, turn.retry_after = True, 0.3
-        loop = asyncio.get_running_loop()
-        begun = loop.time()
+            begun = loop.time()
 
         async def ask() -> float:
             async with host.turn():

@@ -9,6 +9,8 @@ import re
 import shutil
 import signal
 import time
+from contextlib import suppress
+from glob import iglob
 from pathlib import Path
 
 import pytest
@@ -38,14 +40,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, byte
 def busy(lock: Path) -> set[int]:
     """Processes that hold this file open."""
     found = set()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                links = [os.readlink(link) for link in (entry / "fd").iterdir()]
-            except OSError:
-                continue
-            if str(lock) in links:
-                found.add(int(entry.name))
+    for link in iglob("/proc/[0-9]*/fd/*"):
+        with suppress(OSError):  # it was closed, or its process has ended, since it was listed
+            if os.readlink(link) == str(lock):
+                found.add(int(link.split("/")[2]))
     return found
 
 

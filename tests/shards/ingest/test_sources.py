@@ -11,6 +11,7 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from gristmill.shards.ingest.candidate import Candidate, Outcome
@@ -297,6 +298,18 @@ def test_more_units_than_a_file_of_frozen_rows_holds(tmp_path: Path, monkeypatch
     assert len(list(work.glob("urls-*.parquet"))) == 3
 
 
+def hang_after(renamings: int) -> None:
+    """So many files get their names in this process; before the next one it waits, for a kill that may come late."""
+    replace, renamed = os.replace, []
+
+    def counted(*names: Any) -> None:
+        if len(renamed) == renamings:
+            time.sleep(600)
+        renamed.append(replace(*names))
+
+    os.replace = counted
+
+
 def test_killed_at_any_moment_it_begins_again(tmp_path: Path) -> None:
     (tmp_path / "urls.txt").write_text("".join(f"http://host/{number}.jpg\n" for number in range(40_000)))
     expected = plan([tmp_path / "urls.txt"], tmp_path / "whole", unit=50)
@@ -304,6 +317,7 @@ def test_killed_at_any_moment_it_begins_again(tmp_path: Path) -> None:
     for whole in (0, 1):  # files that are done, beside the one that is being written, when it is killed
         child = os.fork()
         if not child:
+            hang_after(whole)
             plan([tmp_path / "urls.txt"], work, unit=50)
             os._exit(0)
         while len(list(work.glob("urls-*.parquet"))) < whole or not list(work.glob("urls-*.partial")):

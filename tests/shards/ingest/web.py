@@ -44,7 +44,8 @@ class Web:
         self.first: dict[str, list[Page]] = {}  # answers that come before those, each once
         self.seen: list[Seen] = []
         self.gate: threading.Event | None = None  # answers wait for it
-        self.peak = self.busy = 0
+        self.hold = 0.0  # seconds that they wait at least
+        self.peak = self.busy = 0  # requests that wait for their answer
         self._lock = threading.Lock()
         owner = self
 
@@ -102,16 +103,16 @@ class _Handler(BaseHTTPRequestHandler):
         names = {name.lower(): value for name, value in self.headers.items()}
         web.seen.append(Seen(self.path, names, self.connection.getsockname()[0]))
         web.enter()
+        if web.gate is not None:
+            web.gate.wait(20)
+        time.sleep(web.hold)
+        web.leave()  # whoever has the answer may ask again before this thread goes on
         try:
-            if web.gate is not None:
-                web.gate.wait(20)
             path = self.path.partition("?")[0]
             before = web.first.get(path)
             self._send(before.pop(0) if before else web.pages.get(path, Page(404, body=b"not here")))
         except OSError:
             self.close_connection = True
-        finally:
-            web.leave()
 
     def _send(self, page: Page) -> None:
         self.send_response(page.status)
