@@ -58,19 +58,23 @@ def launch(
 
 def left_in_shared_memory(before: Iterable[str]) -> list[str]:
     """Names in /dev/shm that were not there before and that no living process has open: what somebody left."""
-    new = {path.name for path in SHARED.iterdir()} - set(before)
+    new: dict[int, str] = {}
+    for path in set(SHARED.iterdir()) - {SHARED / name for name in before}:
+        with suppress(FileNotFoundError):  # taken away just now
+            new[path.stat().st_ino] = path.name
     if not new:
         return []
-    held: set[str] = set()
+    # By inode: a semaphore is mapped under the name that it had before it got its own.
+    held: set[int] = set()
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # ended just now, or somebody else's
+            maps = (process / "maps").read_text().splitlines()
+            held |= {int(line.split(maxsplit=5)[4]) for line in maps if f" {SHARED}/" in line}
             for link in os.scandir(process / "fd"):
                 with suppress(OSError):  # closed just now
-                    held.add(os.readlink(link))
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        with suppress(OSError):
-            held |= {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines() if str(SHARED) in line}
-    return sorted(name for name in new if str(SHARED / name) not in held and (SHARED / name).exists())
+                    if os.readlink(link).startswith(f"{SHARED}/"):
+                        held.add(os.stat(link).st_ino)
+    return sorted(name for inode, name in new.items() if inode not in held and (SHARED / name).exists())
 
 
 def short_run(data: Path, stage: int, steps: int) -> tuple[str, ...]:
