@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
 from .commands import FOLDER, example, main
+
+
+class NewFile(click.Path):
+    """A file to be written once all is measured; so its folder is looked for before."""
+
+    def __init__(self) -> None:
+        super().__init__(dir_okay=False, writable=True, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = super().convert(value, param, ctx)
+        if not path.absolute().parent.is_dir():
+            self.fail(f"there is no folder {path.parent}; make it first", param, ctx)
+        return path
 
 
 @main.group()
@@ -115,7 +129,7 @@ def bench_ingest(
 @click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="cuda: steps alone."
 )
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the growth into this PNG.")
+@click.option("--plot", type=NewFile(), help="Draw the growth into this PNG.")
 @click.option("--tiny", is_flag=True, help="Networks and memories so small that the figures mean nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
@@ -171,7 +185,7 @@ def bench_objectives(
     is_flag=True,
     help="One seed, few images, small sets: the machinery in some minutes, figures mean nothing.",
 )
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the arms into this PNG.")
+@click.option("--plot", type=NewFile(), help="Draw the arms into this PNG.")
 @click.option("--json", "as_json", is_flag=True, help="Print means and spreads as JSON.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 def bench_learning(
@@ -210,8 +224,8 @@ def bench_learning(
     multiple=True,
     help="These parts (default: all).",
 )
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Rows of JSON; other parts' are kept.")
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the rows into this PNG.")
+@click.option("--out", type=NewFile(), help="Rows of JSON; other parts' are kept.")
+@click.option("--plot", type=NewFile(), help="Draw the rows into this PNG.")
 def bench_scale(
     ranks: int, samples: float, sampled: int, only: tuple[str, ...], out: Path | None, plot: Path | None
 ) -> None:

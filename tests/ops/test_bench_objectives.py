@@ -130,6 +130,13 @@ def test_a_plot_without_its_library_says_what_to_do(monkeypatch: pytest.MonkeyPa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("words", [["objectives", "--plot"], ["scale", "--out"], ["scale", "--plot"]])
+def test_a_folder_that_is_not_there_is_said_before_anything_is_measured(words: list[str], tmp_path: Path) -> None:
+    told = CliRunner().invoke(cli, ["bench", *words, str(tmp_path / "no" / "file")])
+    assert told.exit_code == 2
+    assert "make it first" in told.output
+
+
 @pytest.mark.parametrize(
     ("words", "says"), [([], "add --only step"), (["--only", "step", "--plot", "x.png"], "leave --plot out")]
 )
